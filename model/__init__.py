@@ -1,0 +1,1 @@
+"""The trainable model: network, data, training and the weights that ship."""

@@ -1,0 +1,1 @@
+"""COCO files to training batches."""

@@ -1,0 +1,1 @@
+"""The network: parts, configuration, presets, checkpoints and the Predictor."""

@@ -1,0 +1,1 @@
+"""The HTTP service: pictures in, COCO instance masks out."""
