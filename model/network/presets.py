@@ -1,0 +1,75 @@
+"""The networks by name. The only place, with `config.py`, where numbers of a network are written."""
+
+from dataclasses import replace
+from typing import Any
+
+from dsg.model.network.config import FIELD_NAMES, DetectorConfig
+
+# name in a preset -> what that backbone asks for
+_RESNET = {"channels": 256, "box_head_width": 1024}
+_LITE = {
+    "channels": 128,
+    "box_head_width": 512,
+    # the statistics their ImageNet weights were trained with, (pixel - 127) / 128, in RGB of 0..1
+    "pixel_mean": (127 / 255, 127 / 255, 127 / 255),
+    "pixel_std": (128 / 255, 128 / 255, 128 / 255),
+    "norm_eps": 1e-3,
+    "frozen_stages": 0,
+    # small pictures on small machines: anchors from 16 pixels, fewer proposals, fewer sampled RoIs
+    "anchor_sizes": ((16.0, 22.6), (32.0, 45.3), (64.0, 90.5), (128.0, 181.0), (256.0, 362.0)),
+    "rpn_candidates": 500,
+    "proposals": 200,
+    "rpn_candidates_train": 1000,
+    "proposals_train": 1000,
+    "roi_samples": 256,
+}
+_BACKBONES: dict[str, dict[str, Any]] = {
+    "r50": {"backbone": "resnet50", **_RESNET},
+    "r101": {"backbone": "resnet101", **_RESNET},
+    "lite0": {"backbone": "lite0", **_LITE},
+    "lite2": {"backbone": "lite2", **_LITE},
+}
+_SYSTEMS: dict[str, dict[str, Any]] = {
+    "mask_rcnn": {},
+    # the four designs of the paper's full model; SgRA_M is its rejected fifth
+    "dsg": {"mrpn": True, "fuse_mask": True, "sgra_box": True, "fuse_box": True},
+}
+_PRESETS: dict[str, DetectorConfig] = {
+    f"{system}_{backbone}_fpn": DetectorConfig(**parts, **switches)
+    for system, switches in _SYSTEMS.items()
+    for backbone, parts in _BACKBONES.items()
+}
+
+
+def presets() -> list[str]:
+    """Names that `build` takes."""
+    return list(_PRESETS)
+
+
+def preset_config(name: str, num_classes: int = 80, **overrides: Any) -> DetectorConfig:
+    """The configuration of a preset with fields replaced.
+
+    Args:
+        name: one of `presets()`.
+        num_classes: foreground classes.
+        overrides: fields of `DetectorConfig`; lists become tuples, so that what came from JSON fits.
+
+    Raises:
+        ValueError: an unknown preset or field, or values that do not go together.
+    """
+    if name not in _PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known are {', '.join(_PRESETS)}")
+    unknown = sorted(set(overrides) - set(FIELD_NAMES))
+    if unknown:
+        raise ValueError(f"unknown override {', '.join(unknown)}; known are {', '.join(FIELD_NAMES)}")
+    preset = _PRESETS[name]
+    for field, value in overrides.items():
+        default = getattr(preset, field)
+        if isinstance(default, bool) != isinstance(value, bool):
+            raise ValueError(f"override {field} must be {type(default).__name__}, got {value!r}")
+    return replace(preset, **{**{k: as_tuple(v) for k, v in overrides.items()}, "num_classes": num_classes})
+
+
+def as_tuple(value: Any) -> Any:
+    """Lists, as JSON and TOML give them, to the tuples that a frozen dataclass holds."""
+    return tuple(as_tuple(item) for item in value) if isinstance(value, list | tuple) else value
