@@ -1,0 +1,130 @@
+# Chores of this repository. `make` alone lists them; each prints what it runs, and none does the same work twice.
+#
+#   PYTHON=python3.12   the interpreter that .venv is made from
+#   OPS=auto            what to build of the op: auto, off, cpu, cuda
+#   OFFLINE=1           no network: torch comes from PYTHON's own packages, the rest from .wheelhouse
+#   TORCH_INDEX=URL     a further package index for torch, such as https://download.pytorch.org/whl/cpu
+#   CONFIG= DATA= IMAGES= OUT= MODEL= ARGS=   for the targets that say so
+
+PYTHON ?= python3
+OPS ?= auto
+MODEL ?=
+CONFIG ?= fast
+DATA ?=
+IMAGES ?=
+OUT ?=
+ARGS ?=
+TARGET ?= cpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+WHEELHOUSE := .wheelhouse
+STAMP := $(VENV)/.stamp
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+ifdef OFFLINE
+PIP += --no-index --find-links $(WHEELHOUSE)
+endif
+ifdef TORCH_INDEX
+PIP += --extra-index-url $(TORCH_INDEX)
+endif
+
+PACKAGING := pyproject.toml setup.py
+KERNELS := setup.py $(shell find ops/csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # one pip at a time in one .venv
+.PHONY: help setup ops serve train needs-data test test-all test-gpu check typing wheel wheelhouse image clean
+
+help: ## list the targets
+	@echo "make TARGET [PYTHON=python3.12] [OPS=auto|off|cpu|cuda] [OFFLINE=1] [TORCH_INDEX=URL]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)-check $(STAMP)-ops ## everything to develop: .venv, all extras, linters, the op
+
+ops: $(STAMP)-ops ## build the op for this machine (OPS=)
+
+serve: $(STAMP)-serve $(STAMP)-ops ## the server on http://127.0.0.1:8000 (MODEL=, ARGS="--port 9000")
+	$(BIN)/dsg serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+train: needs-data $(STAMP)-train $(STAMP)-ops ## train (CONFIG=fast DATA=train.json IMAGES=folder OUT=runs/CONFIG ARGS="--set key=value")
+	$(BIN)/dsg train --config $(CONFIG) $(foreach file,$(DATA),--data $(file)) \
+	  $(foreach folder,$(IMAGES),--images $(folder)) --out $(or $(OUT),runs/$(notdir $(basename $(CONFIG)))) $(ARGS)
+
+test: $(STAMP)-test $(STAMP)-ops ## the checks that need no GPU, under 12 minutes on 2 cores (ARGS="-k name")
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(STAMP)-test $(STAMP)-ops ## the same and the long ones, under 45 minutes
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(STAMP)-test $(STAMP)-ops ## the checks that need a CUDA GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: $(STAMP)-check typing ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# mypy knows no package-dir map: this gives it the tree as it is imported.
+typing:
+	@mkdir -p build/typing/dsg
+	@for room in ops model export service cli bench; do ln -sfn ../../../$$room build/typing/dsg/$$room; done
+
+wheel: $(STAMP)-test ## sdist and wheel with kernels and weights, in dist/
+	rm -rf build/lib* build/bdist* build/temp* dist
+	$(BIN)/python -m build --no-isolation --sdist .
+	DSG_BUILD_OPS=$(OPS) $(BIN)/python -m build --no-isolation --wheel .
+	@ls -l dist
+
+wheelhouse: $(WHEELHOUSE)/.stamp ## wheels for a GPU machine without network (Python 3.12), in .wheelhouse
+
+image: ## container image (TARGET=cpu or gpu)
+	docker build --file docker/Dockerfile --target $(TARGET) --tag dsg:$(TARGET) .
+
+clean: ## remove what was built, but not .venv
+	rm -rf build dist *.egg-info ops/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -f $(STAMP)-ops
+
+# ---- what the targets above stand on ----
+
+needs-data:
+	@$(if $(DATA),,echo "make train needs DATA=TRAIN.json (COCO format), and IMAGES=FOLDER unless it is images/ beside it" >&2; exit 2)
+
+$(STAMP)-venv:
+	@$(PYTHON) -c 'import sys; sys.exit("dsg needs Python 3.11 to 3.13, and PYTHON=$(PYTHON) is " + sys.version.split()[0] \
+	  if not (3, 11) <= sys.version_info < (3, 14) else 0)'
+	$(PYTHON) -m venv $(VENV)
+ifdef OFFLINE
+	$(PYTHON) -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+	  > $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/packages_of_python.pth
+endif
+	@touch $@
+
+# Each set holds the ones before it, so it marks those as done too.
+$(STAMP)-serve: $(PACKAGING) | $(STAMP)-venv
+	$(PIP) --editable '.[torch,serve,build]'
+	@touch $@
+
+$(STAMP)-train: $(PACKAGING) | $(STAMP)-venv
+	$(PIP) --editable '.[torch,serve,build,train]'
+	@touch $@ $(STAMP)-serve
+
+$(STAMP)-test: $(PACKAGING) | $(STAMP)-venv
+	$(PIP) --editable '.[test]'
+	@touch $@ $(STAMP)-serve $(STAMP)-train
+
+$(STAMP)-check: $(PACKAGING) | $(STAMP)-venv
+	$(PIP) --editable '.[check]'
+	@touch $@ $(STAMP)-serve $(STAMP)-train $(STAMP)-test
+
+# Built against whatever torch the sets above brought.
+$(STAMP)-ops: $(KERNELS) | $(STAMP)-serve
+	DSG_BUILD_OPS=$(OPS) $(BIN)/python setup.py build_ext --inplace
+	@touch $@
+
+# torch and torchvision stay out: they are large, and such a machine has its own.
+$(WHEELHOUSE)/.stamp: pyproject.toml .ci/wheelhouse.txt
+	$(PYTHON) -m pip --disable-pip-version-check download --quiet --only-binary=:all: --no-deps --dest $(WHEELHOUSE) \
+	  --python-version 3.12 --implementation cp $(foreach n,28 27 24 17 12 5,--platform manylinux_2_$(n)_x86_64) \
+	  --platform manylinux2014_x86_64 --platform manylinux1_x86_64 --requirement .ci/wheelhouse.txt
+	@touch $@
