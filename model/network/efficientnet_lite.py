@@ -1,0 +1,156 @@
+"""EfficientNet-Lite0 and -Lite2 as backbones: images in, C2 to C5 out; small enough for two CPU cores.
+
+The networks of TensorFlow's EfficientNet-Lite: inverted residual blocks, ReLU6, no squeeze-and-excite.
+Letters: B images, C channels, H and W height and width.
+"""
+
+import math
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dsg.model.network.norm import FrozenBatchNorm2d
+
+
+class Stage(NamedTuple):
+    """A run of blocks at width 1.0 and depth 1.0; only the first block has the stride."""
+
+    expand: int
+    kernel: int
+    stride: int
+    channels: int
+    repeats: int
+
+
+STAGES = (
+    Stage(expand=1, kernel=3, stride=1, channels=16, repeats=1),
+    Stage(expand=6, kernel=3, stride=2, channels=24, repeats=2),
+    Stage(expand=6, kernel=5, stride=2, channels=40, repeats=2),
+    Stage(expand=6, kernel=3, stride=2, channels=80, repeats=3),
+    Stage(expand=6, kernel=5, stride=1, channels=112, repeats=3),
+    Stage(expand=6, kernel=5, stride=2, channels=192, repeats=4),
+    Stage(expand=6, kernel=3, stride=1, channels=320, repeats=1),
+)
+FEATURE_STAGES = (1, 2, 4, 6)  # the last stages of strides 4, 8, 16 and 32
+STEM_CHANNELS = 32  # at every width
+WIDTH_AND_DEPTH = {0: (1.0, 1.0), 2: (1.1, 1.2)}  # of each variant
+
+
+def round_channels(channels: float) -> int:
+    """The nearest multiple of 8, but never less than nine tenths of `channels`."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * channels else rounded + 8
+
+
+def depthwise_conv(channels: int, kernel: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, kernel, stride, padding=kernel // 2, groups=channels, bias=False)
+
+
+class InvertedResidual(nn.Module):
+    """1x1 up (none where `expand` is 1), depthwise k x k, 1x1 down without activation; added to the input where
+    the shapes agree.
+
+    Padding is k // 2 on every side. TensorFlow, where the weights come from, pads strided convolutions more on the
+    right and below. Doing so takes a padding step before each of them, whose amounts depend on the input's size: a
+    copy of the feature map, and arithmetic on shapes in every exported graph. Without it, classification on ImageNet
+    weights loses next to nothing, and a fine-tuned detector learns the shift of a pixel.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, expand: int, kernel: int, stride: int, norm_eps: float
+    ) -> None:
+        super().__init__()
+        hidden = in_channels * expand
+        self.has_residual = stride == 1 and in_channels == out_channels
+        self.expands = expand != 1
+        if self.expands:
+            self.expand_conv = nn.Conv2d(in_channels, hidden, 1, bias=False)
+            self.bn0 = FrozenBatchNorm2d(hidden, norm_eps)
+        self.depthwise_conv = depthwise_conv(hidden, kernel, stride)
+        self.bn1 = FrozenBatchNorm2d(hidden, norm_eps)
+        self.project_conv = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.bn2 = FrozenBatchNorm2d(out_channels, norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, out_channels, H / stride, W / stride]
+        out = F.relu6(self.bn0(self.expand_conv(x)), inplace=True) if self.expands else x
+        out = F.relu6(self.bn1(self.depthwise_conv(out)), inplace=True)
+        out = self.bn2(self.project_conv(out))
+        return out + x if self.has_residual else out
+
+
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite without its classifier.
+
+    `forward(images [B, 3, H, W])`, normalised with `pixel_mean` and `pixel_std`, gives `[C2, C3, C4, C5]`, finest
+    first: `out_channels` channels (24, 40, 112, 320 for Lite0; 24, 48, 120, 352 for Lite2) at `strides`, sizes
+    rounded up. No activation follows a block, so features hold negative values too.
+
+    Args:
+        variant: 0 or 2.
+        norm_eps: eps of the batch norms; 1e-3 belongs to the ImageNet weights.
+        frozen_blocks: 0 trains everything; n >= 1 freezes the stem and the first n of 16 (Lite0) or 21 (Lite2)
+            blocks.
+
+    Raises:
+        ValueError: `variant` is unknown or `frozen_blocks` out of range.
+    """
+
+    pixel_mean: ClassVar[tuple[float, float, float]] = (127 / 255, 127 / 255, 127 / 255)  # RGB in 0..1
+    pixel_std: ClassVar[tuple[float, float, float]] = (128 / 255, 128 / 255, 128 / 255)
+    # tensors of a weight file that the backbone has no use for: the last 1x1 convolution serves the classifier
+    classifier_prefixes: ClassVar[tuple[str, ...]] = ("conv_head.", "bn1.", "fc.")
+    strides: tuple[int, ...] = (4, 8, 16, 32)
+
+    def __init__(self, variant: int = 0, *, norm_eps: float = 1e-3, frozen_blocks: int = 0) -> None:
+        super().__init__()
+        if variant not in WIDTH_AND_DEPTH:
+            known = sorted(WIDTH_AND_DEPTH)
+            raise ValueError(f"EfficientNet-Lite variant {variant} is unknown: use one of {known}")
+        width, depth = WIDTH_AND_DEPTH[variant]
+
+        self.conv_stem = nn.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False)
+        self.bn0 = FrozenBatchNorm2d(STEM_CHANNELS, norm_eps)
+        self.blocks = nn.ModuleList()
+        last_blocks = []  # index of each stage's last block
+        stage_channels = []
+        in_channels = STEM_CHANNELS
+        for index, stage in enumerate(STAGES):
+            at_an_end = index in (0, len(STAGES) - 1)  # first and last stage never grow in depth
+            repeats = stage.repeats if at_an_end else math.ceil(stage.repeats * depth)
+            out_channels = round_channels(stage.channels * width)
+            for repeat in range(repeats):
+                self.blocks.append(
+                    InvertedResidual(
+                        in_channels,
+                        out_channels,
+                        expand=stage.expand,
+                        kernel=stage.kernel,
+                        stride=stage.stride if repeat == 0 else 1,
+                        norm_eps=norm_eps,
+                    )
+                )
+                in_channels = out_channels
+            last_blocks.append(len(self.blocks) - 1)
+            stage_channels.append(out_channels)
+        self.feature_blocks = tuple(last_blocks[stage] for stage in FEATURE_STAGES)
+        self.out_channels: tuple[int, ...] = tuple(stage_channels[stage] for stage in FEATURE_STAGES)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if not 0 <= frozen_blocks <= len(self.blocks):
+            raise ValueError(f"frozen_blocks is {frozen_blocks}: use 0 (train all) to {len(self.blocks)}")
+        if frozen_blocks > 0:
+            for frozen in (self.conv_stem, *self.blocks[:frozen_blocks]):
+                frozen.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:  # [B, 3, H, W] -> 4 x [B, C, H / stride, W / stride]
+        """Features C2 to C5 of normalised images, finest first."""
+        x = F.relu6(self.bn0(self.conv_stem(images)), inplace=True)  # [B, 32, H/2, W/2]
+        features = []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in self.feature_blocks:
+                features.append(x)
+        return features

@@ -1,0 +1,56 @@
+"""Feature pyramid: C2 to C5 of a backbone become P2 to P6 with one number of channels.
+
+Letters: B images, C channels, H and W height and width.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FeaturePyramid(nn.Module):
+    """Lateral 1x1 convolutions, a top-down path that adds each coarser level to the next finer one, and a 3x3
+    convolution on every sum. One level more, at twice the coarsest stride, is every other cell of the coarsest.
+
+    `forward([C2, .., C5])` gives `[P2, .., P6]`, all `[B, out_channels, H_l, W_l]`.
+
+    Args:
+        in_channels: channels of the backbone's levels, finest first.
+        out_channels: channels of the pyramid.
+
+    Raises:
+        ValueError: `in_channels` is empty.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int = 256) -> None:
+        super().__init__()
+        if not in_channels:
+            raise ValueError("in_channels is empty: give the channels of each backbone level, finest first")
+        self.in_channels = tuple(in_channels)
+        self.out_channels = out_channels
+        self.inner = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
+        self.outer = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
+        for conv in (*self.inner, *self.outer):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:  # L x [B, C_l, H_l, W_l] -> L + 1 levels
+        """Pyramid levels, finest first; each has the size of its backbone level, the last is half the one before
+        it, rounded up.
+
+        Raises:
+            ValueError: the number of levels is not that of `in_channels`.
+        """
+        if len(features) != len(self.inner):
+            raise ValueError(f"the pyramid got {len(features)} levels: give {len(self.inner)}, finest first")
+        merged = self.inner[-1](features[-1])  # [B, out_channels, H_l, W_l]
+        levels = [self.outer[-1](merged)]
+        for level in range(len(features) - 2, -1, -1):
+            lateral = self.inner[level](features[level])
+            # to the finer level's own size: twice the coarser one is a cell too many where a side is odd
+            merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
+            levels.append(self.outer[level](merged))
+        levels.reverse()
+        levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
+        return levels
