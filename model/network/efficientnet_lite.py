@@ -48,13 +48,13 @@ def depthwise_conv(channels: int, kernel: int, stride: int) -> nn.Conv2d:
 
 
 class InvertedResidual(nn.Module):
-    """1x1 up (none where `expand` is 1), depthwise k x k, 1x1 down without activation; added to the input where
-    the shapes agree.
+    """1x1 up (none where `expand` is 1), depthwise k x k, 1x1 down without activation; added to the input
+    where the shapes agree.
 
-    Padding is k // 2 on every side. TensorFlow, where the weights come from, pads strided convolutions more on the
-    right and below. Doing so takes a padding step before each of them, whose amounts depend on the input's size: a
-    copy of the feature map, and arithmetic on shapes in every exported graph. Without it, classification on ImageNet
-    weights loses next to nothing, and a fine-tuned detector learns the shift of a pixel.
+    Padding is k // 2 on every side. TensorFlow, where the weights come from, pads strided convolutions more
+    on the right and below. Doing so takes a padding step before each of them, whose amounts depend on the
+    input's size: a copy of the feature map, and arithmetic on shapes in every exported graph. Without it,
+    classification with ImageNet weights loses next to nothing, and a fine-tuned detector learns the shift.
     """
 
     def __init__(
@@ -82,15 +82,15 @@ class InvertedResidual(nn.Module):
 class EfficientNetLite(nn.Module):
     """EfficientNet-Lite without its classifier.
 
-    `forward(images [B, 3, H, W])`, normalised with `pixel_mean` and `pixel_std`, gives `[C2, C3, C4, C5]`, finest
-    first: `out_channels` channels (24, 40, 112, 320 for Lite0; 24, 48, 120, 352 for Lite2) at `strides`, sizes
-    rounded up. No activation follows a block, so features hold negative values too.
+    `forward(images [B, 3, H, W])`, normalised with `pixel_mean` and `pixel_std`, gives `[C2, C3, C4, C5]`,
+    finest first: `out_channels` channels (24, 40, 112, 320 for Lite0; 24, 48, 120, 352 for Lite2) at
+    `strides`, sizes rounded up. No activation follows a block, so features hold negative values too.
 
     Args:
         variant: 0 or 2.
         norm_eps: eps of the batch norms; 1e-3 belongs to the ImageNet weights.
-        frozen_blocks: 0 trains everything; n >= 1 freezes the stem and the first n of 16 (Lite0) or 21 (Lite2)
-            blocks.
+        frozen_blocks: 0 trains everything; n >= 1 freezes the stem and the first n of 16 (Lite0) or 21
+            (Lite2) blocks.
 
     Raises:
         ValueError: `variant` is unknown or `frozen_blocks` out of range.
@@ -98,7 +98,7 @@ class EfficientNetLite(nn.Module):
 
     pixel_mean: ClassVar[tuple[float, float, float]] = (127 / 255, 127 / 255, 127 / 255)  # RGB in 0..1
     pixel_std: ClassVar[tuple[float, float, float]] = (128 / 255, 128 / 255, 128 / 255)
-    # tensors of a weight file that the backbone has no use for: the last 1x1 convolution serves the classifier
+    # tensors of a weight file that the backbone has no use for
     classifier_prefixes: ClassVar[tuple[str, ...]] = ("conv_head.", "bn1.", "fc.")
     strides: tuple[int, ...] = (4, 8, 16, 32)
 

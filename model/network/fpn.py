@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 class FeaturePyramid(nn.Module):
     """Lateral 1x1 convolutions, a top-down path that adds each coarser level to the next finer one, and a 3x3
-    convolution on every sum. One level more, at twice the coarsest stride, is every other cell of the coarsest.
+    convolution on every sum. One level more, at twice the coarsest stride, is every other cell of P5.
 
     `forward([C2, .., C5])` gives `[P2, .., P6]`, all `[B, out_channels, H_l, W_l]`.
 
@@ -36,8 +36,8 @@ class FeaturePyramid(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:  # L x [B, C_l, H_l, W_l] -> L + 1 levels
-        """Pyramid levels, finest first; each has the size of its backbone level, the last is half the one before
-        it, rounded up.
+        """Pyramid levels, finest first; each has the size of its backbone level, the last is half the one
+        before it, rounded up.
 
         Raises:
             ValueError: the number of levels is not that of `in_channels`.

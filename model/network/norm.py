@@ -14,8 +14,8 @@ class FrozenBatchNorm2d(nn.Module):
     """`BatchNorm2d` in eval mode, for good: a fixed scale and shift of each channel.
 
     `weight`, `bias`, `running_mean` and `running_var` (each `[C]`) are buffers: no optimizer sees them, no
-    parameter count includes them, and `train()` changes nothing. State dicts of `BatchNorm2d` load as they are; the
-    counter `num_batches_tracked` is dropped where a file has it.
+    parameter count includes them, and `train()` changes nothing. State dicts of `BatchNorm2d` load as they
+    are; the counter `num_batches_tracked` is dropped where a file has it.
 
     Args:
         channels: C.
@@ -36,13 +36,13 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
-        """Normalise; the result has the dtype and memory format of `x`, also where `x` is half precision (under
-        autocast) and the buffers are float32."""
+        """Normalise; the result has the dtype and memory format of `x`, also where `x` is half precision
+        (under autocast) and the buffers are float32."""
         if not x.requires_grad:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        # F.batch_norm would keep x for gradients of weight and bias that nobody wants, a second copy of every feature
-        # map in a training step. addcmul keeps the scale alone and is one kernel too. Scale and shift are worked
-        # out in the buffers' precision and rounded once.
+        # F.batch_norm would keep x for gradients of weight and bias that nobody wants, a second copy of
+        # every feature map in a training step. addcmul keeps the scale alone and is one kernel too. Scale
+        # and shift are worked out in the buffers' precision and rounded once.
         scale = self.weight * (self.running_var + self.eps).rsqrt()  # [C]
         shift = self.bias - self.running_mean * scale  # [C]
         per_channel = (1, -1, 1, 1)

@@ -1,7 +1,7 @@
 """ResNet-50 and -101 (ResNeXt through `groups`) as backbones: images in, C2 to C5 out.
 
-Modules carry the names of torchvision's ResNet (`conv1`, `bn1`, `layer1.0.downsample.0`, ...), so that its state dicts
-fit as they are. Letters: B images, C channels, H and W height and width.
+Modules carry the names of torchvision's ResNet (`conv1`, `bn1`, `layer1.0.downsample.0`, ...), so that its
+state dicts fit as they are. Letters: B images, C channels, H and W height and width.
 """
 
 from typing import ClassVar
@@ -67,8 +67,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Bottleneck ResNet without its classifier.
 
-    `forward(images [B, 3, H, W])`, normalised with `pixel_mean` and `pixel_std`, gives `[C2, C3, C4, C5]`, finest
-    first: `out_channels` channels at `strides`, sizes rounded up.
+    `forward(images [B, 3, H, W])`, normalised with `pixel_mean` and `pixel_std`, gives `[C2, C3, C4, C5]`,
+    finest first: `out_channels` channels at `strides`, sizes rounded up.
 
     Args:
         depth: 50 or 101.
@@ -77,8 +77,8 @@ class ResNet(nn.Module):
         norm_eps: eps of the batch norms; a property of the weights.
         stride_in_1x1: strides sit in the first 1x1 of a block, as in the MSRA weights that detectron2 starts
             from; False puts them into the 3x3, as torchvision does.
-        frozen_stages: how many of stem, layer1, ..., layer4 keep their weights in training; 2 freezes stem and
-            layer1, 0 trains all.
+        frozen_stages: how many of stem, layer1, ..., layer4 keep their weights in training; 2 freezes stem
+            and layer1, 0 trains all.
 
     Raises:
         ValueError: `depth` is unknown or `frozen_stages` not in 0..5.
