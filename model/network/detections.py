@@ -1,0 +1,120 @@
+"""What a network found in one picture, and its way into COCO results.
+
+Letters: `n` detections, `m` side of a mask, `H, W` size of the original picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """The detections of one picture, best first.
+
+    Raises:
+        TypeError, ValueError: fields of the wrong kind, or whose shapes do not go together.
+    """
+
+    boxes: Tensor
+    """float32 [n, 4] as (x1, y1, x2, y2) in pixels of the original picture, EXIF orientation applied."""
+
+    scores: Tensor
+    """float32 [n] in [0, 1], falling."""
+
+    labels: Tensor
+    """int64 [n] in 1..num_classes; 0 would be background and does not occur."""
+
+    mask_probs: Tensor
+    """float32 [n, m, m] in [0, 1]: the chance that each cell of a grid over the box is of the object."""
+
+    image_size: tuple[int, int]
+    """(H, W) of the original picture in pixels."""
+
+    def __post_init__(self) -> None:
+        for name in ("boxes", "scores", "mask_probs"):
+            if not getattr(self, name).dtype.is_floating_point:
+                raise TypeError(f"detections: {name} must be floating point, not {getattr(self, name).dtype}")
+        if self.labels.dtype.is_floating_point:
+            raise TypeError(f"detections: labels must be int64, not {self.labels.dtype}")
+        n, side = self.scores.numel(), self.mask_probs.shape[-1] if self.mask_probs.ndim else 0
+        expected = {"scores": (n,), "boxes": (n, 4), "labels": (n,), "mask_probs": (n, side, side)}
+        for name, shape in expected.items():
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise ValueError(f"detections: {name} must be {list(shape)} not {list(found)}")
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(f"detections: image_size must be (height, width), not {tuple(self.image_size)}")
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def masks(self) -> Tensor:
+        """Full-size masks: bool [n, H, W], a pixel set where its probability is at least 0.5."""
+        from dsg.ops.masks import paste_masks  # torch comes in only where it is used
+
+        return paste_masks(self.mask_probs, self.boxes, self.image_size)
+
+    def rle(self) -> list[dict[str, Any]]:
+        """The masks as n COCO RLEs `{"size": [H, W], "counts": str}`, made without a full-size mask."""
+        from dsg.ops.masks import encode_masks  # torch comes in only where it is used
+
+        return encode_masks(self.mask_probs, self.boxes, self.image_size)
+
+    def to_coco(self, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """COCO results: one dict a detection, in plain Python numbers, nothing rounded.
+
+        Args:
+            image_id: goes into each result as it is.
+            category_ids: `category_ids[label - 1]` is the id of a label in the training file.
+
+        Returns:
+            Dicts of `image_id`, `category_id`, `bbox` [x, y, w, h] in original pixels, `score`, and
+            `segmentation` (compressed RLE), best first.
+
+        Raises:
+            ValueError: a label that has no category id.
+        """
+        labels = self.labels.tolist()
+        for label in labels:
+            if not 1 <= label <= len(category_ids):
+                raise ValueError(
+                    f"detections of image {image_id}: label {label} has no category id, "
+                    f"there are {len(category_ids)}; pass one for each class of the network"
+                )
+        rows = zip(self.boxes.tolist(), self.scores.tolist(), labels, self.rle(), strict=True)
+        return [
+            {
+                "image_id": image_id,
+                "category_id": int(category_ids[label - 1]),
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": score,
+                "segmentation": segmentation,
+            }
+            for (x1, y1, x2, y2), score, label, segmentation in rows
+        ]
+
+    def select(self, score_threshold: float, max_detections: int) -> Detections:
+        """The first `max_detections` (0 or more) of those that score at least `score_threshold`, in order."""
+        if max_detections < 0:
+            raise ValueError(f"max_detections must be at least 0, not {max_detections}")
+        rows = (self.scores >= score_threshold).nonzero()[:max_detections, 0]  # [k]
+        return Detections(
+            self.boxes[rows], self.scores[rows], self.labels[rows], self.mask_probs[rows], self.image_size
+        )
+
+    def to(self, device: torch.device | str) -> Detections:
+        """The same detections on another device."""
+        return Detections(
+            self.boxes.to(device),
+            self.scores.to(device),
+            self.labels.to(device),
+            self.mask_probs.to(device),
+            self.image_size,
+        )

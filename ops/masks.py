@@ -1,0 +1,247 @@
+"""Masks predicted inside boxes, pasted into the picture or encoded as COCO RLE.
+
+The convention is torchvision's: the m x m probabilities get a border of one zero, the box grows about its
+centre by (m + 2) / m, its corners are truncated to integers, the probabilities are resized to (y2 - y1 + 1,
+x2 - x1 + 1) pixels, bilinear with align_corners=False, and a pixel is set where the result is at least the
+threshold.
+
+Only the part of a box that lies in the picture is ever held, and only one box at a time is resized: whole,
+where that is not many times larger than the part to be seen, and otherwise that part alone.
+
+Letters: `N` masks, `m` side of a mask, `s = m + 2` side with its border, `H, W` size of the picture, `h, w`
+size of a window (what of a box lies in the picture).
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsg.ops.rle import counts_to_strings, window_counts
+
+# A box of at most this many times its visible pixels is resized whole, by PyTorch, and then cut.
+_WHOLE_BOX_FACTOR = 4
+_WHOLE_BOX_PIXELS = 1 << 14
+# Windows of larger boxes are computed in blocks of rows of about this many pixels, to bound the temporaries.
+_BLOCK_PIXELS = 1 << 20
+# Bits of several masks leave an accelerator together, in transfers of about this many bytes.
+_TRANSFER_PIXELS = 1 << 26
+# Corners are held within this: further than any picture reaches, exact in float32, and far from int64's end.
+_FURTHEST = 1 << 40
+
+
+class _Window(NamedTuple):
+    """Where one box shows in the picture; rows and columns are half open."""
+
+    index: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+    box_top: int
+    box_left: int
+    box_height: int
+    box_width: int
+
+
+def paste_masks(
+    probs: Tensor,  # [N, m, m]
+    boxes: Tensor,  # [N, 4]
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+) -> Tensor:  # [N, H, W]
+    """Full-size masks: bool [N, H, W] on the device of `probs`.
+
+    Args:
+        probs: [N, m, m] in [0, 1], any float dtype; half precision is resized in float32.
+        boxes: [N, 4] as (x1, y1, x2, y2) in pixels of the picture; they may reach outside it. A box with a
+            coordinate that is not finite, or one that misses the picture, gives an empty mask.
+        image_size: (H, W), both at least 1.
+        threshold: a pixel is set where its probability is at least this.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes or shapes.
+    """
+    probs = _checked(probs, boxes, image_size)
+    masks = torch.zeros((len(probs), *image_size), dtype=torch.bool, device=probs.device)
+    for window, bits in _pasted_windows(probs, boxes, image_size, threshold):
+        masks[window.index, window.top : window.bottom, window.left : window.right] = bits
+    return masks
+
+
+def encode_masks(
+    probs: Tensor,  # [N, m, m]
+    boxes: Tensor,  # [N, 4]
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+) -> list[dict[str, Any]]:
+    """COCO RLEs of the masks that `paste_masks` gives for the same arguments, without a full-size mask.
+
+    Returns:
+        N times `{"size": [H, W], "counts": str}`, byte for byte what pycocotools makes of the pasted masks.
+    """
+    probs = _checked(probs, boxes, image_size)
+    nothing = window_counts(np.zeros((0, 0), dtype=np.bool_), 0, 0, image_size)
+    counts = [nothing] * len(probs)
+    waiting: list[tuple[_Window, Tensor]] = []
+    pixels = 0
+    for window, bits in _pasted_windows(probs, boxes, image_size, threshold):
+        waiting.append((window, bits))
+        pixels += bits.numel()
+        if not probs.is_cuda or pixels >= _TRANSFER_PIXELS:
+            _count_runs(waiting, image_size, counts)
+            waiting, pixels = [], 0
+    _count_runs(waiting, image_size, counts)
+    height, width = image_size
+    return [{"size": [int(height), int(width)], "counts": text} for text in counts_to_strings(counts)]
+
+
+def _count_runs(
+    windows: list[tuple[_Window, Tensor]],
+    image_size: tuple[int, int],
+    counts: list[NDArray[np.int64]],
+) -> None:
+    """Fill in the counts of some masks, whose bits come to the CPU in one transfer."""
+    if not windows:
+        return
+    if len(windows) == 1:
+        flat = windows[0][1].reshape(-1).cpu().numpy()
+    else:
+        flat = torch.cat([bits.reshape(-1) for _, bits in windows]).cpu().numpy()
+    begin = 0
+    for window, bits in windows:
+        pixels = flat[begin : begin + bits.numel()].reshape(bits.shape)  # [h, w]
+        counts[window.index] = window_counts(pixels, window.top, window.left, image_size)
+        begin += bits.numel()
+
+
+def _checked(probs: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """The probabilities in the dtype they are resized in, once all arguments are found right."""
+    if not probs.is_floating_point() or not boxes.is_floating_point():
+        raise TypeError(f"probs and boxes must be floating point, they are {probs.dtype} and {boxes.dtype}")
+    if probs.ndim != 3 or probs.shape[1] != probs.shape[2] or probs.shape[1] == 0:
+        raise ValueError(f"probs must be [N, m, m], they are {list(probs.shape)}")
+    if boxes.shape != (len(probs), 4):
+        raise ValueError(f"boxes must be [{len(probs)}, 4], one for each mask, they are {list(boxes.shape)}")
+    if len(image_size) != 2 or min(image_size) < 1:
+        raise ValueError(f"image_size must be (height, width), both at least 1, it is {tuple(image_size)}")
+    probs = probs.detach()
+    return probs if probs.dtype == torch.float64 else probs.float()
+
+
+def _pasted_windows(
+    probs: Tensor,  # [N, m, m]
+    boxes: Tensor,  # [N, 4]
+    image_size: tuple[int, int],
+    threshold: float,
+) -> Iterator[tuple[_Window, Tensor]]:
+    """Each mask that shows in the picture: its window, and the window's bits, [h, w] on probs' device."""
+    padded = F.pad(probs, (1, 1, 1, 1))  # [N, m + 2, m + 2]
+    for window in _windows(boxes, probs.shape[-1], image_size):
+        mask = padded[window.index]  # [m + 2, m + 2]
+        visible = (window.bottom - window.top) * (window.right - window.left)
+        rows = slice(window.top - window.box_top, window.bottom - window.box_top)
+        columns = slice(window.left - window.box_left, window.right - window.box_left)
+        size = (window.box_height, window.box_width)
+        if size[0] * size[1] <= max(_WHOLE_BOX_FACTOR * visible, _WHOLE_BOX_PIXELS):
+            resized = F.interpolate(mask[None, None], size=size, mode="bilinear", align_corners=False)
+            yield window, resized[0, 0, rows, columns] >= threshold
+        else:
+            yield window, _window_bits(mask, size, rows, columns, threshold)
+
+
+def _windows(boxes: Tensor, side: int, image_size: tuple[int, int]) -> Iterator[_Window]:
+    """Integer boxes grown for the border and cut by the picture, without those that miss it."""
+    height, width = image_size
+    # The dtype of the boxes decides how their corners round; half precision could not hold corners at all.
+    boxes = boxes.detach().cpu()
+    boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
+    half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * ((side + 2) / side)  # [N, 2]
+    centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
+    grown = torch.cat((centre - half, centre + half), dim=1)  # [N, 4]
+    finite = grown.isfinite().all(dim=1).tolist()
+    corners = grown.nan_to_num().clamp(-_FURTHEST, _FURTHEST).to(torch.int64).tolist()
+    for index, (x1, y1, x2, y2) in enumerate(corners):
+        top, bottom = max(y1, 0), min(y2 + 1, height)
+        left, right = max(x1, 0), min(x2 + 1, width)
+        if finite[index] and top < bottom and left < right:
+            yield _Window(index, top, bottom, left, right, y1, x1, y2 - y1 + 1, x2 - x1 + 1)
+
+
+def _window_bits(
+    mask: Tensor,  # [s, s]
+    size: tuple[int, int],
+    rows: slice,
+    columns: slice,
+    threshold: float,
+) -> Tensor:  # [h, w]
+    """Bits of a window of `F.interpolate(mask, size)`, computed in blocks of rows."""
+    h, w = rows.stop - rows.start, columns.stop - columns.start
+    bits = torch.empty((h, w), dtype=torch.bool, device=mask.device)
+    step = max(1, _BLOCK_PIXELS // w)
+    for begin in range(0, h, step):
+        end = min(begin + step, h)
+        block = slice(rows.start + begin, rows.start + end)
+        values = _window_values(mask, size, block, columns, _multiply_add_is_fused(mask.device))
+        bits[begin:end] = values >= threshold
+    return bits
+
+
+def _window_values(
+    mask: Tensor,  # [s, s]
+    size: tuple[int, int],
+    rows: slice,
+    columns: slice,
+    fused: bool,
+) -> Tensor:  # [h, w]
+    """A window of `F.interpolate(mask, size)`, equal to the last bit, without computing the rest.
+
+    The value of a pixel is a weighted sum of four neighbours, and whether it reaches the threshold may hang
+    on its last bit (where all four are 0.5, for example). So this takes the same steps in the same order as
+    PyTorch's kernels, which on most machines are compiled to fused multiply-adds (`fused`).
+    """
+    above, below, weight_above, weight_below = _neighbours(mask, size[0], rows, fused)  # [h] each
+    before, after, weight_before, weight_after = _neighbours(mask, size[1], columns, fused)  # [w] each
+    across = _multiply_add(mask[:, before], weight_before, mask[:, after] * weight_after, fused)  # [s, w]
+    return _multiply_add(
+        across[above], weight_above[:, None], across[below] * weight_below[:, None], fused
+    )  # [h, w]
+
+
+def _neighbours(mask: Tensor, size: int, span: slice, fused: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each output pixel of `span` along one axis: its two source pixels, and the weight of each."""
+    side = mask.shape[0]
+    # Filled from NumPy scalars: the quotient has to be rounded once, in the dtype of the mask.
+    real = np.float64 if mask.dtype == torch.float64 else np.float32
+    scale = mask.new_tensor(float(real(side) / real(size)))
+    middle = torch.arange(span.start, span.stop, device=mask.device).to(mask.dtype) + 0.5
+    source = _multiply_add(middle, scale, mask.new_tensor(-0.5), fused).clamp(min=0)
+    first = source.to(torch.int64).clamp(max=side - 1)
+    weight = (source - first).clamp(max=1)
+    return first, (first + 1).clamp(max=side - 1), 1 - weight, weight
+
+
+def _multiply_add(factor: Tensor, other: Tensor, addend: Tensor, fused: bool) -> Tensor:
+    """factor * other + addend, rounded once where `fused` (float32 only), twice otherwise."""
+    if fused and factor.dtype == torch.float32:
+        # A product of two float32 is exact in float64.
+        return (factor.double() * other.double() + addend.double()).float()
+    return factor * other + addend
+
+
+@cache
+def _multiply_add_is_fused(device: torch.device) -> bool:
+    """Whether `F.interpolate` on this device uses fused multiply-adds: found by trying, once a device."""
+    mask = torch.rand((30, 30), generator=torch.Generator().manual_seed(0)).to(device)
+    size = (97, 61)
+    expected = F.interpolate(mask[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+    equal = {
+        fused: int((_window_values(mask, size, slice(0, 97), slice(0, 61), fused) == expected).sum())
+        for fused in (True, False)
+    }
+    return equal[True] >= equal[False]
