@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dsg.model.network.checkpoint import Category
-
-__all__ = ["Annotation", "Category", "CocoData", "DataError", "ImageRecord"]
+if TYPE_CHECKING:
+    from dsg.model.network.checkpoint import Category
 
 
 class DataError(ValueError):
@@ -22,8 +21,8 @@ class Annotation:
     category_id: int
     """Label, 1 to the number of categories: categories[category_id - 1]. Not the file's id."""
     segmentation: list[list[float]] | dict[str, Any] | None
-    """Polygons of at least 3 points, each [x0, y0, x1, y1, ...]; RLE, {"size": [height, width], "counts": list, str
-    or bytes}; None: no mask is known."""
+    """Polygons of at least 3 points, each [x0, y0, x1, y1, ...]; or RLE, {"size": [height, width], "counts":
+    list, str or bytes}; None: no mask is known."""
     iscrowd: bool
     """A region with many objects: neither a positive nor a negative."""
     id: int
@@ -58,5 +57,5 @@ class CocoData:
     """Pictures with their objects, and the categories that labels point to."""
 
     records: tuple[ImageRecord, ...]
-    categories: tuple[Category, ...]
+    categories: "tuple[Category, ...]"
     """Label l is categories[l - 1]; ids and order as in the file."""

@@ -1,7 +1,7 @@
 """What a training picture goes through: an `AugmentConfig` says how much, `Augment` draws it for one sample.
 
-All geometry of a sample (resize, crop, flips, turns) is drawn as one `View`, so that pixels are resampled once and
-masks are only made where they will be seen. Colours follow, through torchvision's v2 functions.
+All geometry of a sample (resize, crop, flips, turns) is drawn as one `View`, so that pixels are resampled
+once and masks are only made where they will be seen. Colours follow, through torchvision's v2 functions.
 """
 
 import math
@@ -16,22 +16,22 @@ from dsg.model.data.view import View
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training pictures are varied. The defaults are the paper's: short side 800, flipped half of the time."""
+    """How training pictures are varied. The defaults are the paper's: short side 800, half are flipped."""
 
     short_sides: tuple[int, ...] = (800,)
-    """Pixels: lengths that the short side is drawn from. Empty: pictures keep their size. Unused with `crop_size`."""
+    """Pixels: lengths that the short side is drawn from; none: pictures keep their size. `crop_size` goes first."""
     short_side_range: bool = False
     """Draw any whole length from the smallest to the largest of `short_sides`, not only those listed."""
     long_side: int = 1333
-    """Pixels: limit of the long side; the short side then gets shorter. Unused with `crop_size`."""
+    """Pixels: limit of the long side; the short side then gets shorter. Not used with `crop_size`."""
     crop_size: int = 0
-    """Pixels: side of the square that every picture is cut and padded to (large-scale jitter). 0: no square."""
+    """Pixels: side of a square that each picture is cut and padded to (large-scale jitter); 0: no square."""
     scale_range: tuple[float, float] = (0.1, 2.0)
     """With `crop_size`: how large the picture is before the cut; at 1 its long side fits the square."""
     horizontal_flip: float = 0.5
     """Probability, 0 to 1, of swapping left and right."""
     vertical_flip: float = 0.0
-    """Probability, 0 to 1, of swapping top and bottom; for pictures without an upright, such as microscopy."""
+    """Probability, 0 to 1, of swapping top and bottom: for pictures without an upright, as in microscopy."""
     quarter_turn: float = 0.0
     """Probability, 0 to 1, of a turn by 90, 180 or 270 degrees; for pictures without an upright."""
     color_jitter: float = 0.0
@@ -52,19 +52,19 @@ class AugmentConfig:
     """Pixels: objects whose box gets narrower or lower than this are dropped."""
 
     def __post_init__(self) -> None:
-        for name in ("horizontal_flip", "vertical_flip", "quarter_turn", "color_jitter", "copy_paste", "min_visible"):
+        for name in ("horizontal_flip", "vertical_flip", "quarter_turn", "copy_paste", "min_visible"):
             _within(name, getattr(self, name), 0.0, 1.0)
-        for name in ("brightness", "contrast", "saturation"):
+        for name in ("color_jitter", "brightness", "contrast", "saturation"):
             _within(name, getattr(self, name), 0.0, 1.0)
         _within("hue", self.hue, 0.0, 0.5)
         if any(side < 1 for side in self.short_sides):
             raise ValueError(f"augment.short_sides is {list(self.short_sides)}; each must be 1 pixel or more")
         if self.short_side_range and len(self.short_sides) < 2:
             raise ValueError(
-                f"augment.short_side_range needs two augment.short_sides to draw between, got {list(self.short_sides)}"
+                f"augment.short_side_range needs two augment.short_sides, got {list(self.short_sides)}"
             )
         if self.crop_size < 0:
-            raise ValueError(f"augment.crop_size is {self.crop_size}; it must be 0 (off) or a number of pixels")
+            raise ValueError(f"augment.crop_size is {self.crop_size}; it must be 0 (off) or pixels")
         if not self.crop_size and self.short_sides and self.long_side < max(self.short_sides):
             raise ValueError(
                 f"augment.long_side = {self.long_side} is below the largest of augment.short_sides "
@@ -72,7 +72,7 @@ class AugmentConfig:
             )
         low, high = self.scale_range
         if not 0 < low <= high < math.inf:
-            raise ValueError(f"augment.scale_range is {list(self.scale_range)}; it must be two rising factors above 0")
+            raise ValueError(f"augment.scale_range is {[low, high]}; it must be two rising factors above 0")
         if not self.min_side > 0:
             raise ValueError(f"augment.min_side is {self.min_side}; it must be above 0 pixels")
 
@@ -133,7 +133,7 @@ class Augment:
         image: Tensor,  # uint8 [3, H, W]
         rng: np.random.Generator,
     ) -> Tensor:
-        """The picture (uint8 [3, H, W]) with brightness, contrast, saturation and hue changed, in a drawn order."""
+        """The picture with brightness, contrast, saturation and hue changed, in any order: uint8 [3, H, W]."""
         config = self.config
         if not config.color_jitter:
             return image

@@ -1,16 +1,20 @@
 """The geometry of one sample: which part of a picture is seen, how large and which way round.
 
-Frames: *source* = the picture's pixels, as its annotations count them; *resized* = source times a scale on each axis;
-*window* = the part of resized that is kept; *sample* = window after flips and turns, padded right and below.
+Frames: *source* = the picture's pixels, as its annotations count them; *resized* = source times a scale on
+each axis; *window* = the part of resized that is kept; *sample* = window after flips and turns, padded right and
+below.
 Coordinates are half open, the centre of pixel 0 lies at 0.5, in every frame. n: boxes, k: points.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from dsg.model.data.masks import Patch, draw_polygons
 
 # ImageNet's mean colour: about zero once the network has normalised it, as the network's own padding is.
 _PAD_COLOR = (124, 116, 104)
@@ -56,7 +60,7 @@ class View:
         self,
         points: np.ndarray,  # float64 [k, 2], (x, y) in source pixels
     ) -> np.ndarray:
-        """Points in sample pixels, float64 [k, 2]; those outside the window get coordinates outside the sample."""
+        """Points in sample pixels, float64 [k, 2]; those outside the window lie outside the sample."""
         top, left, height, width = self.window
         x = points[:, 0] * (self.resized[1] / self.source[1]) - left
         y = points[:, 1] * (self.resized[0] / self.source[0]) - top
@@ -86,19 +90,37 @@ class View:
         height, width = self.shown
         return np.clip(boxes, 0, [width, height, width, height])
 
-    def map_mask(
-        self,
-        mask: np.ndarray,  # uint8 [H, W], source pixels
-    ) -> np.ndarray:
-        """The mask at the nearest source pixel of each shown pixel: uint8 [h, w], `shown` without padding."""
+    def map_patch(self, patch: Patch) -> Patch:
+        """A mask in source pixels as one in sample pixels: each shown pixel takes the nearest source pixel's value."""
         top, left, height, width = self.window
-        rows = self._nearest(top, height, self.source[0], self.resized[0])
-        columns = self._nearest(left, width, self.source[1], self.resized[1])
-        if self.flip_y:
-            rows = rows[::-1]
+        rows = self._nearest(top, height, self.source[0], self.resized[0]) - patch.top
+        columns = self._nearest(left, width, self.source[1], self.resized[1]) - patch.left
+        # Both rise, so what the patch covers is one run of each.
+        y1, y2 = np.searchsorted(rows, [0, patch.pixels.shape[0]])
+        x1, x2 = np.searchsorted(columns, [0, patch.pixels.shape[1]])
+        pixels = patch.pixels[rows[y1:y2, None], columns[x1:x2]]
         if self.flip_x:
-            columns = columns[::-1]
-        return np.rot90(mask[rows[:, None], columns], self.quarter_turns)
+            pixels, x1, x2 = pixels[:, ::-1], width - x2, width - x1
+        if self.flip_y:
+            pixels, y1, y2 = pixels[::-1], height - y2, height - y1
+        for _ in range(self.quarter_turns):
+            x1, x2, y1, y2 = y1, y2, width - x2, width - x1
+            height, width = width, height
+        return Patch(np.rot90(pixels, self.quarter_turns), int(y1), int(x1))
+
+    def draw(
+        self,
+        polygons: Sequence[np.ndarray],  # float64 [k, 2] each, source pixels
+    ) -> Patch:
+        """Polygons as a mask in sample pixels, drawn at the sample's own resolution."""
+        mapped = [self.map_points(points) for points in polygons]
+        corners = np.concatenate(mapped)
+        height, width = self.shown
+        x1, y1 = np.clip(np.floor(corners.min(axis=0)), 0, [width, height]).astype(int).tolist()
+        x2, y2 = np.clip(np.ceil(corners.max(axis=0)), 0, [width, height]).astype(int).tolist()
+        if x1 == x2 or y1 == y2:
+            return Patch(np.zeros((0, 0), np.uint8), 0, 0)
+        return Patch(draw_polygons([points - (x1, y1) for points in mapped], y2 - y1, x2 - x1), y1, x1)
 
     @staticmethod
     def _nearest(start: int, length: int, source: int, resized: int) -> np.ndarray:
@@ -107,7 +129,7 @@ class View:
         return np.minimum(centres.astype(np.int64), source - 1)
 
     def map_picture(self, picture: Image.Image) -> Tensor:
-        """The sample's pixels, uint8 [3, h, w]: bilinear with a low-pass when shrinking, as the Predictor resizes.
+        """The sample's pixels, uint8 [3, h, w]: bilinear, with a low-pass when shrinking.
 
         Args:
             picture: RGB, of the `source` size.

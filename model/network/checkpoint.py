@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsg.model.network.build import build_from_config
+from dsg.model.network.detector import Detector
 from dsg.model.network.presets import preset_config
 
 _KEY = "dsg"
@@ -123,7 +124,8 @@ def save_checkpoint(
         ValueError: the model's tensors are not those of the preset with its overrides.
         OSError: the file cannot be written.
     """
-    expected = build_from_config(preset_config(info.preset, len(info.categories), **info.overrides), device="meta")
+    with torch.device("meta"):
+        expected = build_from_config(preset_config(info.preset, len(info.categories), **info.overrides))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     _check_names(str(path), expected.state_dict(), tensors)
     if half:
@@ -168,7 +170,7 @@ def read_info(path: str | os.PathLike[str]) -> CheckpointInfo:
 
 def load_checkpoint(
     path: str | os.PathLike[str], device: torch.device | str | None = None
-) -> tuple[nn.Module, CheckpointInfo]:
+) -> tuple[Detector, CheckpointInfo]:
     """The network in eval mode, float32, on the device (default CPU), and its description.
 
     Raises:
@@ -184,10 +186,9 @@ def load_checkpoint(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     if hash_tensors(tensors) != info.hash:
         raise CheckpointError(f"{path}: its tensors do not have the hash that its description says; get the file again")
-    model = build_from_config(config, device="meta")
-    _check_names(str(path), model.state_dict(), tensors)
-    model = model.to_empty(device="cpu")
+    model = build_from_config(config)
     wanted = model.state_dict()
+    _check_names(str(path), wanted, tensors)
     model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
     return model.eval().to(device or "cpu"), info
 

@@ -1,0 +1,114 @@
+"""Pictures and ground truth of many sizes, checked and put into one batch.
+
+B images, G and I the most ground-truth and ignore boxes of an image.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsg.model.network.types import Targets
+
+STRIDE = 32
+"""Batches are padded to multiples of this, so that every level of the pyramid divides evenly."""
+
+
+def padded_size(height: int, width: int) -> tuple[int, int]:
+    """(height, width) rounded up to a multiple of `STRIDE`."""
+    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
+
+
+def stack_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Pictures into one tensor, zeros right and below.
+
+    Args:
+        images: float Tensor[3, H, W] each, RGB in 0..1.
+
+    Returns:
+        Tensor[B, 3, H, W] with sides that are multiples of 32, and int64 Tensor[B, 2]: (height, width) of each.
+
+    Raises:
+        TypeError: no tensors, or not floating.
+        ValueError: no picture, not [3, H, W], or empty.
+    """
+    if not images:
+        raise ValueError("the network needs at least one picture, got none")
+    for number, image in enumerate(images):
+        if not isinstance(image, Tensor) or not image.is_floating_point():
+            kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"picture {number} must be a float tensor with RGB in 0..1, got {kind}")
+        if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(f"picture {number} must be [3, H, W] with H, W > 0, got {list(image.shape)}")
+    sizes = torch.tensor([image.shape[-2:] for image in images])
+    height, width = padded_size(*sizes.amax(dim=0).tolist())
+    batch = images[0].new_zeros((len(images), 3, height, width))
+    for image, place in zip(images, batch, strict=True):
+        place[:, : image.shape[1], : image.shape[2]].copy_(image)
+    return batch, sizes.to(batch.device)
+
+
+def normalise(batch: Tensor, sizes: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(batch - mean) / std inside each picture, zero in the padding.
+
+    Args:
+        batch: Tensor[B, 3, H, W]; sizes: int64 [B, 2]; mean, std: Tensor[3].
+
+    Returns:
+        Tensor[B, 3, H, W].
+    """
+    height, width = batch.shape[-2:]
+    rows = torch.arange(height, device=batch.device)[:, None] < sizes[:, 0, None, None, None]  # [B, 1, H, 1]
+    columns = torch.arange(width, device=batch.device) < sizes[:, 1, None, None, None]  # [B, 1, 1, W]
+    return ((batch - mean[:, None, None]) / std[:, None, None]).where(rows & columns, torch.zeros_like(batch))
+
+
+def stack_targets(targets: Sequence[dict[str, Any]], images: Sequence[Tensor], num_classes: int) -> Targets:
+    """Ground truth of a batch, padded, on the device and in the dtype of the pictures.
+
+    Args:
+        targets: dicts with `boxes` float [n, 4] xyxy pixels, `labels` int64 [n] in 1..num_classes, `masks` uint8 or
+            bool [n, H, W]; optional `has_mask` bool [n] (absent: all have one) and `ignore_boxes` float [c, 4].
+        images: the pictures they belong to.
+
+    Raises:
+        ValueError: a missing key, a shape or a label that does not fit, naming the picture.
+    """
+    if len(targets) != len(images):
+        raise ValueError(f"got {len(images)} pictures and {len(targets)} targets")
+    for number, (target, image) in enumerate(zip(targets, images, strict=True)):
+        _check_target(number, target, image, num_classes)
+    device, dtype = images[0].device, images[0].dtype
+    most = max(len(target["boxes"]) for target in targets)
+    crowds = [target.get("ignore_boxes", target["boxes"].new_zeros((0, 4))) for target in targets]
+    boxes = torch.zeros((len(targets), most, 4), device=device, dtype=dtype)
+    labels = torch.zeros((len(targets), most), device=device, dtype=torch.int64)
+    valid = torch.zeros((len(targets), most), device=device, dtype=torch.bool)
+    has_mask = torch.zeros_like(valid)
+    ignore = torch.zeros((len(targets), max(len(crowd) for crowd in crowds), 4), device=device, dtype=dtype)
+    for number, (target, crowd) in enumerate(zip(targets, crowds, strict=True)):
+        count = len(target["boxes"])
+        boxes[number, :count] = target["boxes"].to(boxes)
+        labels[number, :count] = target["labels"].to(labels)
+        valid[number, :count] = True
+        has_mask[number, :count] = target["has_mask"].to(has_mask) if "has_mask" in target else True
+        ignore[number, : len(crowd)] = crowd.to(ignore)
+    return Targets(boxes, labels, valid, has_mask, ignore, [target["masks"].to(device) for target in targets])
+
+
+def _check_target(number: int, target: dict[str, Any], image: Tensor, num_classes: int) -> None:
+    where = f"target {number}"
+    missing = [key for key in ("boxes", "labels", "masks") if key not in target]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    boxes, labels, masks = target["boxes"], target["labels"], target["masks"]
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"{where}: boxes must be [n, 4], got {list(boxes.shape)}")
+    if labels.shape != boxes.shape[:1]:
+        raise ValueError(f"{where}: labels must be [{len(boxes)}] as there are boxes, got {list(labels.shape)}")
+    if tuple(masks.shape) != (len(boxes), *image.shape[-2:]):
+        raise ValueError(f"{where}: masks must be {[len(boxes), *image.shape[-2:]]}, got {list(masks.shape)}")
+    # Looking at values would wait for the device; the loader's tensors are still on the CPU here.
+    if labels.device.type == "cpu" and len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) <= num_classes:
+        raise ValueError(f"{where}: labels must be in 1..{num_classes}, got {int(labels.min())}..{int(labels.max())}")

@@ -1,0 +1,111 @@
+"""Arithmetic on boxes (x1, y1, x2, y2): overlaps, offsets, clipping, suppression.
+
+N, M boxes of one image; B images.
+"""
+
+import math
+
+import torch
+import torchvision
+from torch import Tensor
+
+# a box never grows more than this in one step: exp(4.135) = 62.5 (R-CNN's bound, keeps exp from overflowing)
+_MAX_LOG_SCALE = math.log(1000.0 / 16)
+
+
+def area(boxes: Tensor) -> Tensor:  # [..., 4] -> [...]
+    """Areas in square pixels."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def intersection(boxes: Tensor, others: Tensor) -> Tensor:  # [..., N, 4], [..., M, 4] -> [..., N, M]
+    """Areas shared by each pair, square pixels."""
+    top_left = torch.maximum(boxes[..., :, None, :2], others[..., None, :, :2])
+    bottom_right = torch.minimum(boxes[..., :, None, 2:], others[..., None, :, 2:])
+    sides = (bottom_right - top_left).clamp(min=0)  # [..., N, M, 2]
+    return sides[..., 0] * sides[..., 1]
+
+
+def iou(boxes: Tensor, others: Tensor) -> Tensor:  # [..., N, 4], [..., M, 4] -> [..., N, M]
+    """Intersection over union of each pair in 0..1; 0 where both are empty."""
+    shared = intersection(boxes, others)
+    union = area(boxes)[..., :, None] + area(others)[..., None, :] - shared
+    return torch.where(union > 0, shared / union.where(union > 0, torch.ones_like(union)), torch.zeros_like(shared))
+
+
+def encode_deltas(boxes: Tensor, references: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
+    """Offsets that take references to boxes (R-CNN, appendix C), times weights.
+
+    Args:
+        boxes: Tensor[..., 4]; references: Tensor[..., 4] with positive sides.
+
+    Returns:
+        Tensor[..., 4]: (dx, dy, log dw, log dh), each in units of the reference's side.
+    """
+    sides = references[..., 2:] - references[..., :2]
+    centres = references[..., :2] + 0.5 * sides
+    wanted_sides = boxes[..., 2:] - boxes[..., :2]
+    wanted_centres = boxes[..., :2] + 0.5 * wanted_sides
+    scale = references.new_tensor(weights)
+    moves = scale[:2] * (wanted_centres - centres) / sides
+    growths = scale[2:] * torch.log(wanted_sides / sides)
+    return torch.cat([moves, growths], dim=-1)
+
+
+def decode_deltas(deltas: Tensor, references: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
+    """The boxes that offsets lead to: the inverse of `encode_deltas`, growth bounded.
+
+    Args:
+        deltas: Tensor[..., 4]; references: Tensor[..., 4].
+
+    Returns:
+        Tensor[..., 4].
+    """
+    sides = references[..., 2:] - references[..., :2]
+    centres = references[..., :2] + 0.5 * sides
+    scaled = deltas / deltas.new_tensor(weights)
+    new_centres = scaled[..., :2] * sides + centres
+    new_halves = 0.5 * torch.exp(scaled[..., 2:].clamp(max=_MAX_LOG_SCALE)) * sides
+    return torch.cat([new_centres - new_halves, new_centres + new_halves], dim=-1)
+
+
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:  # [B, N, 4], int64 [B, 2] (height, width) -> [B, N, 4]
+    """Boxes cut to their picture."""
+    height, width = sizes.to(boxes.dtype).unbind(-1)  # [B] each
+    bounds = torch.stack([width, height, width, height], dim=-1)[:, None]  # [B, 1, 4]
+    return torch.minimum(boxes.clamp(min=0), bounds)
+
+
+def has_sides(boxes: Tensor, least: float) -> Tensor:  # [..., 4] -> bool [...]
+    """Which boxes have both sides of at least this many pixels; a NaN has none."""
+    return ((boxes[..., 2] - boxes[..., 0]) >= least) & ((boxes[..., 3] - boxes[..., 1]) >= least)
+
+
+def non_maximum_suppression(
+    boxes: Tensor,  # [B, N, 4]
+    scores: Tensor,  # [B, N]
+    groups: Tensor,  # int64 [B, N]: boxes of different groups do not suppress each other
+    valid: Tensor,  # bool [B, N]
+    iou_threshold: float,
+    keep: int,
+) -> tuple[Tensor, Tensor]:
+    """The best `keep` boxes of each image after greedy suppression.
+
+    Returns:
+        index int64 [B, keep] into N, by falling score, and valid bool [B, keep]; index is 0 where not valid.
+    """
+    batch, count = scores.shape
+    kept_scores = scores.new_full((batch, max(count, keep)), -math.inf)
+    reach = torch.where(valid[..., None], boxes.detach(), torch.zeros_like(boxes)).abs().amax(dim=(1, 2)).double()  # [B]
+    for image in range(batch):
+        rows = valid[image].nonzero().squeeze(1)  # [n]
+        # Groups are moved apart and compared in one run. In float64, since an offset of a million pixels would
+        # eat the fraction of a float32 coordinate and with it the overlap.
+        apart = boxes[image, rows].double()  # [n, 4]
+        offsets = groups[image, rows].double() * (2 * reach[image] + 1)  # [n]
+        survivors = torchvision.ops.nms(apart + offsets[:, None], scores[image, rows].double(), iou_threshold)
+        chosen = rows[survivors]
+        kept_scores[image, chosen] = scores[image, chosen]
+    best, index = kept_scores.topk(keep, dim=1)  # [B, keep]
+    alive = best > -math.inf
+    return torch.where(alive, index, torch.zeros_like(index)), alive

@@ -1,0 +1,196 @@
+"""The network: Mask R-CNN, and with switches DSG (paper Fig. 2).
+
+B images, K proposals or detections of an image, R RoIs of a batch in one list, C channels, m side of a mask.
+Boxes are xyxy pixels of the resized picture.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsg.model.network.anchors import AnchorGenerator
+from dsg.model.network.batch import normalise, stack_images, stack_targets
+from dsg.model.network.config import DetectorConfig
+from dsg.model.network.detections import Detections
+from dsg.model.network.heads import BoxHead, Fusion, MaskHead
+from dsg.model.network.losses import RoISampler, RPNLoss, box_head_loss, crop_masks, mask_loss, rows_with_mask
+from dsg.model.network.postprocess import select_boxes
+from dsg.model.network.rpn import ProposalSelector, RPNHead, widen
+from dsg.model.network.types import PaddedDetections, ProposalMasks, Targets
+from dsg.ops import MultiScaleSgRoIAlign
+
+
+class Detector(nn.Module):
+    """A two-stage detector with masks, put together from its parts by `build`.
+
+    Args:
+        config: thresholds and the paper's switches; its sizes have gone into the parts.
+        backbone: [B, 3, H, W] normalised -> five pyramid levels [B, C, H / 2^l, W / 2^l], l = 2..6.
+        anchors, rpn_head, selector: from the pyramid to proposals.
+        mpn: mask proposal network, one class-agnostic mask a proposal; None is Mask R-CNN.
+        box_features, mask_features: RoI features of the two heads, shape-guided when given masks.
+        box_head, mask_head: class logits and offsets; masks of each class.
+        fuse_box, fuse_mask: bring the mask proposal network's features into the two heads.
+        rpn_loss, roi_sampler: used in training only.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    guidance_scale: Tensor
+
+    def __init__(
+        self,
+        *,
+        config: DetectorConfig,
+        backbone: nn.Module,
+        anchors: AnchorGenerator,
+        rpn_head: RPNHead,
+        selector: ProposalSelector,
+        mpn: MaskHead | None,
+        box_features: MultiScaleSgRoIAlign,
+        mask_features: MultiScaleSgRoIAlign,
+        box_head: BoxHead,
+        mask_head: MaskHead,
+        fuse_box: Fusion | None,
+        fuse_mask: Fusion | None,
+        rpn_loss: RPNLoss,
+        roi_sampler: RoISampler,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.anchors = anchors
+        self.rpn_head = rpn_head
+        self.selector = selector
+        self.mpn = mpn
+        self.box_features = box_features
+        self.mask_features = mask_features
+        self.box_head = box_head
+        self.mask_head = mask_head
+        self.fuse_box = fuse_box
+        self.fuse_mask = fuse_mask
+        self.rpn_loss = rpn_loss
+        self.roi_sampler = roi_sampler
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std), persistent=False)
+        if mpn is not None:
+            # Guidance is multiplied by this: 1, except where a plain Mask R-CNN's weights start a DSG from its own
+            # predictions (0, then ramped up).
+            self.register_buffer("guidance_scale", torch.ones(()))
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None
+    ) -> dict[str, Tensor] | list[Detections]:
+        """Losses in training mode, detections in eval mode.
+
+        Args:
+            images: float Tensor[3, H, W] each, RGB in 0..1, any mix of sizes; normalised and padded here, not resized.
+            targets: in training, a dict a picture; see `stack_targets`.
+
+        Returns:
+            In training mode the losses by name, scalars to be summed. In eval mode a `Detections` a picture, in that
+            picture's pixels.
+
+        Raises:
+            TypeError, ValueError: pictures or targets that do not fit, named by their number.
+        """
+        batch, sizes = stack_images(images)
+        if not self.training:
+            found = self.infer(batch, sizes)
+            return [self._detections(found, number, sizes) for number in range(len(images))]
+        if targets is None:
+            raise ValueError("targets are needed in training mode; call eval() for detections")
+        return self.losses(batch, sizes, stack_targets(targets, images, self.config.num_classes))
+
+    def infer(self, batch: Tensor, sizes: Tensor) -> PaddedDetections:
+        """Detections with static shapes; what exported files run.
+
+        Args:
+            batch: Tensor[B, 3, H, W], RGB in 0..1, sides multiples of 32.
+            sizes: int64 Tensor[B, 2], the valid (height, width) of each picture.
+        """
+        levels = self._pyramid(batch, sizes)
+        anchors = self.anchors(levels, batch.shape[-2:], batch.dtype)
+        proposals = self.selector(*self.rpn_head(levels), anchors, sizes)
+        rois = as_rois(proposals.boxes)  # [B * K, 5]
+        proposal_masks = self._proposal_masks(levels, rois)
+        logits, deltas = self._classify(levels, rois, proposal_masks)
+        kept = select_boxes(logits, deltas, proposals, sizes, self.config)
+        # A detection keeps the mask features of the proposal it came from: F_- follows it through NMS.
+        origin = kept.origin + torch.arange(len(batch), device=rois.device)[:, None] * proposals.boxes.shape[1]  # [B, D]
+        origin_masks = None if proposal_masks is None else proposal_masks.rows(origin.flatten())
+        masks = self._segment(levels, as_rois(kept.boxes), origin_masks)  # [B * D, num_classes + 1, m, m]
+        own = masks.gather(1, kept.labels.reshape(-1, 1, 1, 1).expand(-1, 1, *masks.shape[-2:]))  # [B * D, 1, m, m]
+        probabilities = widen(own).sigmoid().squeeze(1).unflatten(0, kept.labels.shape)  # [B, D, m, m]
+        return PaddedDetections(kept.valid, kept.boxes, kept.scores, kept.labels, probabilities)
+
+    def losses(self, batch: Tensor, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Losses by name.
+
+        Args:
+            batch: Tensor[B, 3, H, W], RGB in 0..1; sizes: int64 [B, 2].
+        """
+        config = self.config
+        levels = self._pyramid(batch, sizes)
+        anchors = self.anchors(levels, batch.shape[-2:], batch.dtype)
+        objectness, offsets = self.rpn_head(levels)
+        result = self.rpn_loss(objectness, offsets, anchors, targets)
+        samples = self.roi_sampler(self.selector(objectness, offsets, anchors, sizes), targets)
+
+        # The mask proposal network runs on all sampled RoIs, since the box head needs what it gives; masks are learned
+        # from the positives that have one.
+        proposal_masks = self._proposal_masks(levels, samples.rois)
+        logits, deltas = self._classify(levels, samples.rois, proposal_masks)
+        result |= box_head_loss(logits, deltas, samples, targets, config.box_delta_weights, config.box_smooth_l1_beta)
+        rows = rows_with_mask(samples, targets)  # [P]
+        wanted = crop_masks(targets, samples, rows, 2 * config.mask_pool, config.roi_aligned)  # [P, m, m]
+        row_masks = None if proposal_masks is None else proposal_masks.rows(rows)
+        if row_masks is not None:
+            result["loss_proposal_mask"] = mask_loss(row_masks.logits, wanted)
+        masks = self._segment(levels, samples.rois[rows], row_masks)  # [P, num_classes + 1, m, m]
+        result["loss_mask"] = mask_loss(masks[torch.arange(len(rows)), samples.labels[rows]], wanted)
+        return result
+
+    def _pyramid(self, batch: Tensor, sizes: Tensor) -> list[Tensor]:
+        levels: list[Tensor] = self.backbone(normalise(batch, sizes, self.pixel_mean, self.pixel_std))
+        return levels
+
+    def _proposal_masks(self, levels: list[Tensor], rois: Tensor) -> ProposalMasks | None:
+        if self.mpn is None:
+            return None
+        logits, features = self.mpn(self.mask_features(levels[:-1], rois))  # [R, 1, m, m], [R, C, P, P]
+        guidance = logits[:, 0].sigmoid()
+        if self.config.detach_guidance:
+            guidance = guidance.detach()
+        return ProposalMasks(logits[:, 0], guidance * self.guidance_scale.to(guidance.dtype), features)
+
+    def _classify(self, levels: list[Tensor], rois: Tensor, masks: ProposalMasks | None) -> tuple[Tensor, Tensor]:
+        guidance = masks.guidance if masks is not None and self.config.sgra_box else None
+        features = self.box_features(levels[:-1], rois, guidance)  # [R, C, 7, 7]
+        if masks is not None and self.fuse_box is not None:
+            features = self.fuse_box(features, masks.features)
+        logits, deltas = self.box_head(features)
+        return logits, deltas
+
+    def _segment(self, levels: list[Tensor], rois: Tensor, masks: ProposalMasks | None) -> Tensor:
+        guidance = masks.guidance if masks is not None and self.config.sgra_mask else None
+        features = self.mask_features(levels[:-1], rois, guidance)  # [R, C, 14, 14]
+        if masks is not None and self.fuse_mask is not None:
+            features = self.fuse_mask(features, masks.features)
+        logits, _ = self.mask_head(features)
+        return logits
+
+    @staticmethod
+    def _detections(found: PaddedDetections, image: int, sizes: Tensor) -> Detections:
+        valid = found.valid[image]
+        height, width = sizes[image].tolist()
+        rows = (part[image][valid] for part in (found.boxes, found.scores, found.labels, found.mask_probs))
+        return Detections(*rows, image_size=(height, width))
+
+
+def as_rois(boxes: Tensor) -> Tensor:  # [B, K, 4] -> [B * K, 5]
+    """Boxes of a batch in one list, each with the number of its picture in front."""
+    images = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
+    return torch.cat([images[:, None, None].expand(-1, boxes.shape[1], 1), boxes], dim=-1).flatten(0, 1)

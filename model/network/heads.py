@@ -1,0 +1,125 @@
+"""Heads on RoI features: boxes, masks, and the fusion of mask features into both.
+
+R RoIs, C channels of the pyramid, P side of the pooled features.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# RoIs that a mask head works on at once at test time: its largest tensor is 4 * C * P * P numbers a RoI
+_ROIS_AT_ONCE = 1024
+
+
+class BoxHead(nn.Module):
+    """Two fully connected layers, then class logits and box offsets of each class (background is class 0).
+
+    Args:
+        channels: C.
+        pool: P.
+        width: of the hidden layers.
+        outputs: num_classes + 1.
+    """
+
+    def __init__(self, channels: int, pool: int, width: int, outputs: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels * pool * pool, width)
+        self.fc2 = nn.Linear(width, width)
+        self.classifier = nn.Linear(width, outputs)
+        self.regressor = nn.Linear(width, outputs * 4)
+        for layer in (self.fc1, self.fc2):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+        for layer, std in ((self.classifier, 0.01), (self.regressor, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw outputs.
+
+        Args:
+            features: Tensor[R, C, P, P].
+
+        Returns:
+            class logits [R, num_classes + 1] and deltas [R, num_classes + 1, 4].
+        """
+        hidden = functional.relu(self.fc1(features.flatten(1)))  # [R, C * P * P] -> [R, width]
+        hidden = functional.relu(self.fc2(hidden))  # [R, width]
+        return self.classifier(hidden), self.regressor(hidden).unflatten(1, (-1, 4))
+
+
+class MaskHead(nn.Module):
+    """Four 3x3 convolutions, a deconvolution, a 1x1 convolution: mask logits of twice the pooled size.
+
+    With one output it is the mask proposal network (MPN, paper section 3.2); with num_classes + 1 Mask R-CNN's head.
+
+    Args:
+        channels: C.
+        outputs: masks a RoI.
+    """
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(4))
+        self.deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.predictor = nn.Conv2d(channels, outputs, 1)
+        for layer in (*self.convs, self.deconv):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        # Small, so that the loss starts near log 2 whatever the scale of a backbone's features.
+        nn.init.normal_(self.predictor.weight, std=0.001)
+        nn.init.zeros_(self.predictor.bias)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw outputs.
+
+        Args:
+            features: Tensor[R, C, P, P].
+
+        Returns:
+            mask logits [R, outputs, 2P, 2P], and the features after the fourth convolution [R, C, P, P]
+            (F_- of the paper).
+        """
+        if self.training or features.shape[0] <= _ROIS_AT_ONCE:
+            return self._run(features)
+        parts = [self._run(part) for part in features.split(_ROIS_AT_ONCE)]
+        return torch.cat([logits for logits, _ in parts]), torch.cat([hidden for _, hidden in parts])
+
+    def _run(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        for conv in self.convs:
+            features = functional.relu(conv(features))  # [R, C, P, P]
+        return self.predictor(functional.relu(self.deconv(features))), features
+
+
+class Fusion(nn.Module):
+    """Adds mask proposal features to the features of another head (paper section 3.3).
+
+    The text says a 1x1 convolution; only 3x3 gives the sizes of Table 1. Features are pooled after the convolution
+    when the other head's are smaller.
+
+    Args:
+        channels: C.
+        kernel: 3 or 1.
+        activation: ReLU after the convolution.
+    """
+
+    def __init__(self, channels: int, kernel: int, activation: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.activation = nn.ReLU() if activation else nn.Identity()
+        nn.init.kaiming_uniform_(self.conv.weight, a=1)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, features: Tensor, mask_features: Tensor) -> Tensor:
+        """features + pooled(convolved(mask_features)).
+
+        Args:
+            features: Tensor[R, C, P, P]; mask_features: Tensor[R, C, Q, Q], Q >= P.
+
+        Returns:
+            Tensor[R, C, P, P].
+        """
+        added = self.activation(self.conv(mask_features))  # [R, C, Q, Q]
+        if added.shape[-2:] != features.shape[-2:]:
+            added = functional.adaptive_avg_pool2d(added, features.shape[-2:])  # [R, C, P, P]
+        return features + added
