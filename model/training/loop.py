@@ -1,0 +1,245 @@
+"""The training loop, start to end: batch, losses, gradients, step, average, log, validation, checkpoint."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.v2.functional import to_dtype
+
+from dsg.model.training import distributed
+from dsg.model.training.checkpoint import TrainState, seed_step
+from dsg.model.training.config import Recipe
+from dsg.model.training.errors import TrainingError
+from dsg.model.training.log import TrainingLog
+from dsg.model.training.optim import Schedule, clip_gradients, set_learning_rate
+from dsg.model.training.stop import StopRequest
+
+Batch = tuple[list[Tensor], list[dict[str, Any]]]  # images [3, h, w] uint8 and their targets
+Metrics = dict[str, float]  # what a validation measured; "AP" is the one that chooses the best weights
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls out for; on every process alike."""
+
+    validate: Callable[[nn.Module], Metrics]
+    """AP of a network in eval mode; the same numbers on every process."""
+    save_best: Callable[[nn.Module, Metrics], None]
+    """Keeps these weights as the best so far."""
+    save_last: Callable[[], None]
+    """Writes the resume file."""
+
+
+class TrainLoop:
+    """Trains from `state.iteration` to the schedule's end, or until something asks it to stop.
+
+    Args:
+        state: network, optimiser and counts, on `device`; changed in place.
+        batches: this process's batches from step `state.iteration` on, `recipe.batch.accumulate` a step,
+        without end. schedule: length and learning rates.
+        recipe: everything else.
+        hooks: validation and checkpoints.
+        log: where numbers go.
+        device: where the network is.
+        ranks: this process among all.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        batches: Iterable[Batch],
+        schedule: Schedule,
+        recipe: Recipe,
+        hooks: Hooks,
+        log: TrainingLog,
+        *,
+        device: torch.device,
+        ranks: distributed.Ranks,
+    ) -> None:
+        self.state, self.schedule, self.recipe = state, schedule, recipe
+        self.hooks, self.log, self.device, self.ranks = hooks, log, device, ranks
+        self.network = distributed.wrap(state.model.train(), ranks)
+        self.precision = precision_of(device, recipe.run.precision)
+        self.window = _Window()
+        self.batches = iter(batches)
+
+    def run(self) -> str:
+        """Runs to the end.
+
+        Returns:
+            Why it ended: "finished", "no better AP ...", or the reason of a stop; in every case `last` is
+            written.
+
+        Raises:
+            TrainingError: a loss or gradient that is not finite, or no GPU memory left; `last` stays as it
+                was before.
+        """
+        state, every, patience = self.state, self.recipe.validation.every, self.recipe.validation.patience
+        with StopRequest(self.recipe.run.max_seconds) as stop:
+            while True:
+                is_end = state.iteration >= self.schedule.iterations
+                if (is_end or _is_due(state.iteration, every)) and state.validated_at != state.iteration:
+                    self._validate()
+                if is_end:
+                    return "finished"
+                if patience and state.stale_validations >= patience:
+                    return f"no better AP in {patience} validations"
+
+                is_asked = self._step_and_count(stop)
+                if is_asked or _is_due(state.iteration, self.recipe.run.save_every):
+                    self.hooks.save_last()
+                if is_asked:
+                    return stop.reason or "stopped with another process"
+
+    def _step_and_count(self, stop: StopRequest) -> bool:
+        state, started = self.state, time.monotonic()
+        try:
+            values, is_asked = self._step(stop)
+        except torch.OutOfMemoryError:
+            raise TrainingError(self._out_of_memory()) from None
+        state.iteration += 1
+        seconds = time.monotonic() - started
+        state.seconds += seconds
+        self.window.add(values, self.recipe.batch.images, seconds)
+        self.log.advance(state.iteration)
+        if _is_due(state.iteration, self.recipe.run.log_every) or state.iteration == self.schedule.iterations:
+            self.log.train(state.iteration, self.window.take(self.device))
+        return is_asked
+
+    def _step(self, stop: StopRequest) -> tuple[Metrics, bool]:
+        """One optimiser step. Returns what it measured, and whether any process was asked to stop."""
+        state, parts = self.state, self.recipe.batch.accumulate
+        factor = self.schedule.factor(state.iteration)
+        set_learning_rate(state.optimizer, factor)
+        seed_step(self.recipe.run.seed, state.iteration, self.ranks.rank)
+        sums: dict[str, Tensor] = {}
+        for part in range(parts):
+            images, targets = self._next_batch()
+            # Earlier parts' gradients stay on this process; the last part's backward averages their sum over
+            # all.
+            is_local = part < parts - 1 and isinstance(self.network, DistributedDataParallel)
+            with self.network.no_sync() if is_local else nullcontext():
+                with torch.autocast(
+                    self.device.type, self.precision, enabled=self.precision != torch.float32
+                ):
+                    losses = self.network(images, targets)
+                total = torch.stack([loss.float() for loss in losses.values()]).sum() / parts
+                state.scaler.scale(total).backward()
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + loss.detach().float() / parts
+        state.scaler.unscale_(state.optimizer)
+        norm = clip_gradients(state.model, self.recipe.optimizer.clip_norm)
+
+        # One transfer for all numbers, after backward and before the weights change.
+        asked = torch.tensor(float(bool(stop.reason)), device=self.device)
+        numbers = distributed.mean_over_ranks(torch.stack([*sums.values(), norm.float(), asked]))
+        values, grad_norm = dict(zip(sums, numbers[:-2], strict=True)), numbers[-2]
+        self._refuse_non_finite(values, grad_norm)
+        state.scaler.step(state.optimizer)  # leaves the weights alone when fp16 gradients overflowed
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.ema:
+            state.ema.update(state.model)
+        lr = max(group["lr"] for group in state.optimizer.param_groups)
+        return {"loss": sum(values.values()), **values, "grad_norm": grad_norm, "lr": lr}, numbers[-1] > 0
+
+    def _next_batch(self) -> Batch:
+        """Images as float [3, h, w] in 0..1 and the targets' tensors, on the device; pictures travel as
+        bytes."""
+        started = time.monotonic()
+        images, targets = next(self.batches)
+        self.window.waited_s += time.monotonic() - started
+        moved = [to_dtype(i.to(self.device, non_blocking=True), torch.float32, scale=True) for i in images]
+        return moved, [
+            {
+                k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v
+                for k, v in target.items()
+            }
+            for target in targets
+        ]
+
+    def _validate(self) -> None:
+        """Measures the shipped weights, and keeps them if they are the best so far."""
+        state = self.state
+        self.hooks.save_last()  # a validation takes a while, and may be what memory runs out in
+        model = state.shipped_model.eval()
+        metrics = self.hooks.validate(model)
+        state.model.train()
+        state.validated_at = state.iteration
+        is_best = metrics["AP"] > state.best_ap
+        if is_best:
+            state.best_ap, state.stale_validations = metrics["AP"], 0
+            self.hooks.save_best(model, metrics)
+        else:
+            state.stale_validations += 1
+        self.log.validation(state.iteration, metrics, is_best)
+        self.hooks.save_last()
+
+    def _refuse_non_finite(self, losses: Metrics, grad_norm: float) -> None:
+        where = f"iteration {self.state.iteration}: "
+        kept = "; the weights of `last` from before are kept: lower optimizer.lr"
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{where}{name} is {value}{kept}, set optimizer.clip_norm, or check the data"
+                )
+        if not math.isfinite(grad_norm) and not self.state.scaler.is_enabled():
+            raise TrainingError(f"{where}the gradients' norm is {grad_norm}{kept} or use run.precision=fp32")
+
+    def _out_of_memory(self) -> str:
+        batch = self.recipe.batch
+        at_once = batch.images // (self.ranks.world_size * batch.accumulate)
+        return (
+            f"iteration {self.state.iteration}: out of GPU memory with {at_once} images at once:"
+            f" raise batch.accumulate (now {batch.accumulate}), or lower batch.images (now {batch.images})"
+            " or the image sizes in [augment]"
+        )
+
+
+def precision_of(device: torch.device, precision: str) -> torch.dtype:
+    """The type that the forward pass computes in, for a recipe's `run.precision`."""
+    if device.type != "cuda" or precision == "fp32":
+        return torch.float32
+    if precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _is_due(iteration: int, every: int) -> bool:
+    return bool(every) and iteration > 0 and iteration % every == 0
+
+
+class _Window:
+    """Means of what the steps measured since the last line of the log."""
+
+    def __init__(self) -> None:
+        self.waited_s = 0.0
+        self._sums: dict[str, float] = defaultdict(float)
+        self._steps = self._images = 0
+        self._seconds = 0.0
+
+    def add(self, values: Metrics, images: int, seconds: float) -> None:
+        """One step's numbers, how many images it saw, and how long it took."""
+        for name, value in values.items():
+            self._sums[name] += value
+        self._steps += 1
+        self._images += images
+        self._seconds += seconds
+
+    def take(self, device: torch.device) -> Metrics:
+        """The means, with speed, the share of time spent waiting for pictures, and memory in GiB; starts
+        anew."""
+        means = {name: value / self._steps for name, value in self._sums.items()}
+        seconds = max(self._seconds, 1e-9)
+        means |= {"images_per_s": self._images / seconds, "data_wait": min(1.0, self.waited_s / seconds)}
+        if device.type == "cuda":
+            means["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        self.__init__()  # type: ignore[misc]
+        return means
