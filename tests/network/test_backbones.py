@@ -1,5 +1,5 @@
-"""ResNet against torchvision, EfficientNet-Lite against its table written out, frozen norms against `BatchNorm2d`,
-weight files that fit and that do not."""
+"""ResNet against torchvision, EfficientNet-Lite against its table written out, frozen norms against
+`BatchNorm2d`, weight files that fit and that do not."""
 
 import os
 from pathlib import Path
@@ -21,6 +21,8 @@ from dsg.model.network.efficientnet_lite import EfficientNetLite
 from dsg.model.network.fpn import FeaturePyramid
 from dsg.model.network.norm import FrozenBatchNorm2d
 from dsg.model.network.resnet import ResNet
+
+WEIGHTS_DIR = os.environ.get("DSG_WEIGHTS_DIR")  # read here: while a test runs, DSG_* variables are hidden
 
 # (expand, kernel, stride, output channels) of every block
 LITE_BLOCKS = {
@@ -370,10 +372,9 @@ def lite():
 
 
 def same_tensors(module, other, tolerance=0.0):
-    for (name, tensor), expected in zip(
-        module.state_dict().items(), other.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(tensor, expected, rtol=tolerance, atol=tolerance, msg=name)
+    expected = other.state_dict()
+    for name, tensor in module.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 def test_loads_half_precision_safetensors(lite, tmp_path):
@@ -442,18 +443,18 @@ def test_weight_files_that_do_not_fit(lite, tmp_path):
         load_backbone_weights(lite, tmp_path / "absent.pth")
     for name in ("text.pth", "text.safetensors"):
         (tmp_path / name).write_text("neither of the two\n")
-        with pytest.raises(ValueError, match="is not a weight file, or a broken one: .+") as caught:
+        with pytest.raises(ValueError, match=r"is not a weight file, or a broken one: .+") as caught:
             load_backbone_weights(lite, tmp_path / name)
         assert "\n" not in str(caught.value)
     for name, tensor in lite.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
-@pytest.mark.skipif("DSG_WEIGHTS_DIR" not in os.environ, reason="DSG_WEIGHTS_DIR names no folder of weights")
+@pytest.mark.skipif(not WEIGHTS_DIR, reason="DSG_WEIGHTS_DIR names no folder of weights")
 @pytest.mark.parametrize("variant", [0, 2])
 def test_loads_imagenet_weights(variant):
     net = EfficientNetLite(variant)
-    path = Path(os.environ["DSG_WEIGHTS_DIR"]) / f"efficientnet_lite{variant}_imagenet_backbone.safetensors"
+    path = Path(WEIGHTS_DIR) / f"efficientnet_lite{variant}_imagenet_backbone.safetensors"
     left_aside = load_backbone_weights(net, path)
     assert {name.partition(".")[0] for name in left_aside} == {"conv_head", "bn1"}
     with torch.no_grad():
