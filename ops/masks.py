@@ -24,7 +24,9 @@ from torch import Tensor
 
 from dsg.ops.rle import counts_to_strings, window_counts
 
-# A box of at most this many times its visible pixels is resized whole, by PyTorch, and then cut.
+# A box of at most this many times its visible pixels is resized whole, by PyTorch, and then cut; so are all
+# small boxes, for which PyTorch's CPU kernel uses another arithmetic than the one that `_window_values`
+# follows.
 _WHOLE_BOX_FACTOR = 4
 _WHOLE_BOX_PIXELS = 1 << 14
 # Windows of larger boxes are computed in blocks of rows of about this many pixels, to bound the temporaries.

@@ -1,0 +1,115 @@
+"""Detections: checks, selection, and COCO results that pycocotools takes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from dsg.model.network.detections import Detections
+
+
+def detections(number=3, side=14, image_size=(30, 40)):
+    generator = torch.Generator().manual_seed(number)
+    corners = torch.rand((number, 2), generator=generator) * 20
+    return Detections(
+        boxes=torch.cat((corners, corners + 1 + torch.rand((number, 2), generator=generator) * 9), dim=1),
+        scores=torch.linspace(0.9, 0.1, number),
+        labels=torch.arange(number) % 2 + 1,
+        mask_probs=torch.rand((number, side, side), generator=generator),
+        image_size=image_size,
+    )
+
+
+def test_masks_and_rle_agree():
+    found = detections()
+    masks = found.masks()
+    assert masks.shape == (3, 30, 40) and masks.dtype == torch.bool
+    for mask, rle in zip(masks.numpy(), found.rle(), strict=True):
+        np.testing.assert_array_equal(coco_mask.decode(rle), mask)
+
+
+def test_coco_results_hold_plain_numbers_of_full_precision():
+    found = detections()
+    results = found.to_coco(image_id=17, category_ids=[44, 3])
+    assert json.loads(json.dumps(results)) == results
+    assert [result["category_id"] for result in results] == [44, 3, 44]
+    assert {result["image_id"] for result in results} == {17}
+    for result, box, score, rle in zip(results, found.boxes, found.scores, found.rle(), strict=True):
+        x, y, w, h = result["bbox"]
+        # float64 holds a difference of two float32 of like size exactly.
+        assert torch.equal(torch.tensor([x, y, x + w, y + h], dtype=torch.float64).float(), box)
+        assert np.float32(result["score"]) == score.item() and type(result["score"]) is float
+        assert result["segmentation"] == rle and type(result["category_id"]) is int
+
+
+def test_category_ids_from_an_array_are_plain_too():
+    results = detections().to_coco("a name", np.array([44, 3]))
+    assert type(results[0]["category_id"]) is int and results[0]["image_id"] == "a name"
+
+
+def test_too_few_category_ids():
+    with pytest.raises(ValueError, match="detections of image 5: label 2 has no category id, there are 1"):
+        detections().to_coco(5, [44])
+
+
+def test_select_keeps_the_order():
+    found = detections(5)  # scores 0.9, 0.7, 0.5, 0.3, 0.1
+    assert found.select(0.0, 2).scores.tolist() == found.scores[:2].tolist()
+    some = found.select(0.45, 10)
+    assert len(some) == 3 and some.image_size == found.image_size
+    for name in ("boxes", "scores", "labels", "mask_probs"):
+        assert torch.equal(getattr(some, name), getattr(found, name)[:3])
+    assert len(found.select(found.scores[2].item(), 10)) == 3  # a score that equals the threshold stays
+    assert len(found.select(0.0, 0)) == 0
+    with pytest.raises(ValueError, match="max_detections must be at least 0, not -1"):
+        found.select(0.0, -1)
+
+
+def test_no_detections():
+    none = detections().select(1.0, 100)
+    assert len(none) == 0 and none.masks().shape == (0, 30, 40)
+    assert none.rle() == [] and none.to_coco(1, [44, 3]) == [] and len(none.select(0.0, 5)) == 0
+    assert none.mask_probs.shape == (0, 14, 14)
+
+
+def test_to_moves_every_tensor():
+    moved = detections().to("meta")
+    assert {tensor.device.type for tensor in (moved.boxes, moved.scores, moved.labels, moved.mask_probs)} == {
+        "meta"
+    }
+    assert moved.image_size == (30, 40)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "message"),
+    [
+        ("scores", torch.ones(3, 1), ValueError, r"scores must be \[3\], not \[3, 1\]"),
+        ("scores", torch.tensor(1.0), ValueError, r"scores must be \[1\], not \[\]"),
+        ("boxes", torch.ones(3, 5), ValueError, r"boxes must be \[3, 4\], not \[3, 5\]"),
+        ("boxes", torch.ones(2, 4), ValueError, r"boxes must be \[3, 4\], not \[2, 4\]"),
+        ("labels", torch.ones(2, dtype=torch.int64), ValueError, r"labels must be \[3\], not \[2\]"),
+        ("mask_probs", torch.ones(3, 14, 7), ValueError, r"mask_probs must be \[3, 7, 7\], not \[3, 14, 7\]"),
+        ("mask_probs", torch.tensor(1.0), ValueError, r"mask_probs must be \[3, 0, 0\], not \[\]"),
+        ("image_size", (30, 40, 3), ValueError, r"image_size must be \(height, width\)"),
+        ("image_size", (0, 40), ValueError, r"image_size must be \(height, width\)"),
+        ("labels", torch.ones(3), TypeError, "labels must be int64, not torch.float32"),
+        (
+            "mask_probs",
+            torch.ones(3, 14, 14, dtype=torch.uint8),
+            TypeError,
+            "mask_probs must be floating point",
+        ),
+    ],
+)
+def test_wrong_fields_are_refused_in_one_line(field, value, error, message):
+    with pytest.raises(error, match=message) as caught:
+        dataclasses.replace(detections(), **{field: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_fields_cannot_be_set():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        detections().scores = torch.ones(3)
