@@ -1,0 +1,29 @@
+"""`dsg serve`: the HTTP service."""
+
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    model: Annotated[str | None, typer.Option(help="Name or file of the model; else DSG_MODEL.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; else DSG_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; else DSG_PORT.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; else DSG_DEVICE.")] = None,
+) -> None:
+    """Start the server. Every other setting is an environment variable DSG_*; the README lists them."""
+    from pydantic import ValidationError
+
+    from dsg.service.run import serve as run_server
+    from dsg.service.settings import Settings
+
+    given = {"model": model, "host": host, "port": port, "device": device}
+    try:
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        wrong = [
+            f"DSG_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}".removeprefix("DSG_: ")
+            for e in error.errors()
+        ]
+        raise ValueError(f"wrong setting, {'; '.join(wrong)}") from None
+    run_server(settings)
