@@ -48,7 +48,7 @@ class Detections:
         for name, shape in expected.items():
             found = tuple(getattr(self, name).shape)
             if found != shape:
-                raise ValueError(f"detections: {name} must be {list(shape)} not {list(found)}")
+                raise ValueError(f"detections: {name} must be {list(shape)}, not {list(found)}")
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ValueError(f"detections: image_size must be (height, width), not {tuple(self.image_size)}")
 

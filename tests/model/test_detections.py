@@ -1,4 +1,4 @@
-"""Detections: checks, selection, and COCO results that pycocotools takes."""
+"""Detections: checks, selection, and COCO results."""
 
 import dataclasses
 import json
@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from pycocotools import mask as coco_mask
 
 from dsg.model.network.detections import Detections
+from dsg.ops.rle import decode_rle
 
 
 def detections(number=3, side=14, image_size=(30, 40)):
@@ -28,7 +28,7 @@ def test_masks_and_rle_agree():
     masks = found.masks()
     assert masks.shape == (3, 30, 40) and masks.dtype == torch.bool
     for mask, rle in zip(masks.numpy(), found.rle(), strict=True):
-        np.testing.assert_array_equal(coco_mask.decode(rle), mask)
+        np.testing.assert_array_equal(decode_rle(rle), mask)
 
 
 def test_coco_results_hold_plain_numbers_of_full_precision():
