@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dsg.model.network.checkpoint import Category
+from dsg.model.network.checkpoint import Category
 
 
 class DataError(ValueError):
@@ -57,5 +56,5 @@ class CocoData:
     """Pictures with their objects, and the categories that labels point to."""
 
     records: tuple[ImageRecord, ...]
-    categories: "tuple[Category, ...]"
+    categories: tuple[Category, ...]
     """Label l is categories[l - 1]; ids and order as in the file."""

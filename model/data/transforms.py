@@ -19,7 +19,8 @@ class AugmentConfig:
     """How training pictures are varied. The defaults are the paper's: short side 800, half are flipped."""
 
     short_sides: tuple[int, ...] = (800,)
-    """Pixels: lengths that the short side is drawn from; none: pictures keep their size. `crop_size` goes first."""
+    """Pixels: lengths that the short side is drawn from; none: pictures keep their size. `crop_size` goes
+    first."""
     short_side_range: bool = False
     """Draw any whole length from the smallest to the largest of `short_sides`, not only those listed."""
     long_side: int = 1333
@@ -133,7 +134,8 @@ class Augment:
         image: Tensor,  # uint8 [3, H, W]
         rng: np.random.Generator,
     ) -> Tensor:
-        """The picture with brightness, contrast, saturation and hue changed, in any order: uint8 [3, H, W]."""
+        """The picture with brightness, contrast, saturation and hue changed, in any order: uint8 [3, H,
+        W]."""
         config = self.config
         if not config.color_jitter:
             return image

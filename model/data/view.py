@@ -1,8 +1,8 @@
 """The geometry of one sample: which part of a picture is seen, how large and which way round.
 
 Frames: *source* = the picture's pixels, as its annotations count them; *resized* = source times a scale on
-each axis; *window* = the part of resized that is kept; *sample* = window after flips and turns, padded right and
-below.
+each axis; *window* = the part of resized that is kept; *sample* = window after flips and turns, padded right
+and below.
 Coordinates are half open, the centre of pixel 0 lies at 0.5, in every frame. n: boxes, k: points.
 """
 
@@ -91,7 +91,8 @@ class View:
         return np.clip(boxes, 0, [width, height, width, height])
 
     def map_patch(self, patch: Patch) -> Patch:
-        """A mask in source pixels as one in sample pixels: each shown pixel takes the nearest source pixel's value."""
+        """A mask in source pixels as one in sample pixels: each shown pixel takes the nearest source
+        pixel's value."""
         top, left, height, width = self.window
         rows = self._nearest(top, height, self.source[0], self.resized[0]) - patch.top
         columns = self._nearest(left, width, self.source[1], self.resized[1]) - patch.left

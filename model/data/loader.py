@@ -1,0 +1,255 @@
+"""Loaders: which pictures make up which batch, and the processes that prepare them."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dsg.model.data.dataset import CocoDataset, SampleKey, collate
+from dsg.model.data.records import DataError
+from dsg.model.data.sample import Sample
+
+__all__ = [
+    "Batch",
+    "EvalLoader",
+    "TrainBatches",
+    "TrainLoader",
+    "build_eval_loader",
+    "build_train_loader",
+    "collate",
+]
+
+Batch = tuple[list[Tensor], list[dict[str, Any]]]
+
+_ORDER_STREAM = 0
+"""Keeps the random numbers of the order apart from those of the samples (`dataset.SAMPLE_STREAM`)."""
+
+
+class TrainBatches(Sampler[list[SampleKey]]):
+    """The endless row of training batches. Batch k is a function of the seed and k, so a run can go on anywhere.
+
+    In each epoch every picture comes up once, in an order of its own. With groups, a batch holds pictures of one
+    group as far as possible; what is left over at the end is mixed. A last batch that is not full is dropped, or
+    filled with pictures of the same epoch, varied anew; so it is in any case where there are fewer pictures than a
+    batch holds.
+
+    The batch is that of all ranks together: rank r takes every world_size-th key of it from the r-th on. So a run
+    that goes on with another number of ranks sees the same pictures, varied in the same way, in each step.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        groups: np.ndarray | None = None,  # bool [length]
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+    ) -> None:
+        """Args are those of `build_train_loader`; `groups` says which of two groups each picture belongs to."""
+        if length < 1:
+            raise DataError("no picture to train on; give a COCO file with images")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(
+                f"batch of {batch_size} images for {world_size} processes; make it a multiple of {world_size}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; it must lie in 0 to {world_size - 1}")
+        self.batch_size = batch_size
+        self.start = start
+        self._length = length
+        self._seed = seed
+        self._groups = groups
+        self._rank = rank
+        self._world_size = world_size
+        full, rest = divmod(length, batch_size)
+        self.batches_per_epoch = full + (1 if rest and not (drop_last and full) else 0)
+        self._plan: tuple[int, list[list[SampleKey]]] | None = None
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for iteration in itertools.count(self.start):
+            yield self.batch(iteration)[self._rank :: self._world_size]
+
+    def batch(self, iteration: int) -> list[SampleKey]:
+        """The keys of all ranks' samples of one iteration, counted from 0."""
+        epoch, place = divmod(iteration, self.batches_per_epoch)
+        if self._plan is None or self._plan[0] != epoch:
+            self._plan = epoch, self._plan_epoch(epoch)
+        return self._plan[1][place]
+
+    def _plan_epoch(self, epoch: int) -> list[list[SampleKey]]:
+        rng = np.random.default_rng([self._seed, _ORDER_STREAM, epoch])
+        size = self.batch_size
+        order = rng.permutation(self._length)
+        parts = [order] if self._groups is None else [order[self._groups[order]], order[~self._groups[order]]]
+        whole = [len(part) - len(part) % size for part in parts]
+        queue = np.concatenate(
+            [part[:stop] for part, stop in zip(parts, whole, strict=True)]
+            + [part[stop:] for part, stop in zip(parts, whole, strict=True)]
+        )
+        keys = [SampleKey(int(index), epoch) for index in queue]
+        wanted = self.batches_per_epoch * size
+        for extra in range(wanted - len(keys)):
+            keys.append(SampleKey(int(order[extra % self._length]), epoch, 1 + extra // self._length))
+        return [keys[place * size : (place + 1) * size] for place in rng.permutation(self.batches_per_epoch)]
+
+
+class _Guarded(Dataset[Sample | DataError]):
+    """Hands a sample's error on as a value: raised in a worker it would come out with that process's traceback."""
+
+    def __init__(self, dataset: CocoDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, key: int | SampleKey) -> Sample | DataError:
+        try:
+            return self._dataset[key]
+        except DataError as error:
+            return error
+
+
+def _collate_guarded(samples: list[Sample | DataError]) -> Batch | DataError:
+    sound = []
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+        sound.append(sample)
+    return _pack(collate(sound))
+
+
+def _pack(batch: Batch) -> Batch:
+    """The same batch with all tensors of a dtype in one storage.
+
+    Each storage that a worker hands over costs an open file while the batch lives; a tensor each would run into the
+    usual limit of 1024 with a few workers.
+    """
+    images, targets = batch
+    groups: dict[torch.dtype, list[tuple[dict[str, Any] | list[Tensor], Any]]] = {}
+    holders = [(images, place) for place in range(len(images))]
+    holders += [(target, key) for target in targets for key in target if isinstance(target[key], Tensor)]
+    for holder, key in holders:
+        groups.setdefault(holder[key].dtype, []).append((holder, key))
+    for places in groups.values():
+        tensors = [holder[key] for holder, key in places]
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for (holder, key), tensor, part in zip(places, tensors, parts, strict=True):
+            holder[key] = part.view(tensor.shape)
+    return images, targets
+
+
+class _Loader:
+    """A DataLoader whose data errors are one line, whatever process they came up in."""
+
+    def __init__(self, dataset: CocoDataset, workers: int, **batching: Any) -> None:
+        if workers < 0:
+            raise ValueError(f"workers is {workers}; it must be 0 or more")
+        self._loader = DataLoader(
+            _Guarded(dataset),
+            num_workers=workers,
+            collate_fn=_collate_guarded,
+            pin_memory=torch.cuda.is_available(),
+            # Its own, so that making a loader takes nothing from the global random numbers.
+            generator=torch.Generator(),
+            **batching,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+class TrainLoader(_Loader):
+    """Endless training batches, this rank's part; each `iter` begins at `batches.start`."""
+
+    def __init__(self, dataset: CocoDataset, batches: TrainBatches, workers: int) -> None:
+        super().__init__(dataset, workers, batch_sampler=batches)
+        self.batches = batches
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Iterations of one epoch."""
+        return self.batches.batches_per_epoch
+
+
+class EvalLoader(_Loader):
+    """Each picture of this rank's part once, in the order of the data."""
+
+    def __init__(self, dataset: CocoDataset, indices: Sequence[int], batch_size: int, workers: int) -> None:
+        super().__init__(dataset, workers, sampler=indices, batch_size=batch_size)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+
+def build_train_loader(
+    dataset: CocoDataset,
+    batch_size: int,
+    *,
+    seed: int,
+    workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    drop_last: bool = True,
+    start: int = 0,
+) -> TrainLoader:
+    """An endless loader. Pictures are grouped by aspect ratio unless the transform gives all samples one shape.
+
+    Args:
+        dataset: with a transform; its own seed decides how samples are varied.
+        batch_size: images of one iteration over all ranks, a multiple of `world_size`; each rank gets its part.
+        seed: decides the order, 0 or more.
+        workers: processes of this rank that prepare samples; 0: this process does. Results are the same.
+        rank: number of this process, 0 to world_size - 1.
+        world_size: number of processes that train together.
+        drop_last: leave out the images of an epoch that fill no batch; False: fill it with others of that epoch.
+        start: iteration to begin with: the number of batches that were already used, for a run that goes on.
+
+    Raises:
+        ValueError: a batch that the ranks cannot share evenly, a rank or number of workers out of range.
+        DataError: no picture; or, while iterating, a picture that cannot be used.
+    """
+    one_shape = dataset.transform is not None and dataset.transform.config.same_shape
+    batches = TrainBatches(
+        len(dataset),
+        batch_size,
+        seed=seed,
+        groups=None if one_shape else dataset.wide(),
+        start=start,
+        rank=rank,
+        world_size=world_size,
+        drop_last=drop_last,
+    )
+    return TrainLoader(dataset, batches, workers)
+
+
+def build_eval_loader(
+    dataset: CocoDataset, *, batch_size: int = 1, workers: int = 0, rank: int = 0, world_size: int = 1
+) -> EvalLoader:
+    """A loader that gives each picture once over all ranks; rank r takes every world_size-th from the r-th on.
+
+    Args:
+        dataset: without a transform, so that pictures keep their size; `Predictor` resizes them.
+        batch_size: pictures in one list; the last list may be shorter.
+        workers: processes that decode; 0: this process does.
+        rank, world_size: as for `build_train_loader`.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}; it must lie in 0 to {world_size - 1}")
+    return EvalLoader(dataset, range(rank, len(dataset), world_size), batch_size, workers)
