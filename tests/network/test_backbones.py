@@ -1,13 +1,9 @@
-"""ResNet against torchvision, EfficientNet-Lite against its table written out, frozen norms against
-`BatchNorm2d`, weight files that fit and that do not."""
-
-import os
-from pathlib import Path
+"""ResNet against torchvision, EfficientNet-Lite against its table written out, and any backbone under a
+pyramid."""
 
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,14 +11,11 @@ from dsg.model.network.backbones import (
     BackboneWithPyramid,
     backbone_channels,
     backbone_normalisation,
-    load_backbone_weights,
 )
 from dsg.model.network.efficientnet_lite import EfficientNetLite
 from dsg.model.network.fpn import FeaturePyramid
 from dsg.model.network.norm import FrozenBatchNorm2d
 from dsg.model.network.resnet import ResNet
-
-WEIGHTS_DIR = os.environ.get("DSG_WEIGHTS_DIR")  # read here: while a test runs, DSG_* variables are hidden
 
 # (expand, kernel, stride, output channels) of every block
 LITE_BLOCKS = {
@@ -62,64 +55,6 @@ def randomise_norms(module: nn.Module) -> None:
 
 def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-# ---- frozen batch norm
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("eps", [1e-5, 1e-3])
-def test_frozen_norm_equals_batch_norm_in_eval_mode(training, eps):
-    torch.manual_seed(0)
-    reference = nn.BatchNorm2d(6, eps=eps).double().eval()
-    randomise_norms(reference)
-    reference.running_var[0] = 0  # a dead channel, as ImageNet weights have them
-    norm = FrozenBatchNorm2d(6, eps=eps).double().train()
-    norm.load_state_dict(reference.state_dict())  # with num_batches_tracked
-    x = torch.randn(2, 6, 5, 7, dtype=torch.float64, requires_grad=training)
-
-    torch.testing.assert_close(norm(x), reference(x), rtol=1e-12, atol=1e-12)
-    if training:
-        upstream = torch.randn(2, 6, 5, 7, dtype=torch.float64)
-        (gradient,) = torch.autograd.grad(norm(x), x, upstream)
-        (expected,) = torch.autograd.grad(reference(x), x, upstream)
-        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_frozen_norm_has_no_parameters_and_no_counter():
-    norm = FrozenBatchNorm2d(4)
-    assert not list(norm.parameters())
-    assert set(norm.state_dict()) == {"weight", "bias", "running_mean", "running_var"}
-    norm.load_state_dict(norm.state_dict())
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_frozen_norm_keeps_dtype_and_memory_format(requires_grad, dtype, memory_format):
-    norm = FrozenBatchNorm2d(8)
-    randomise_norms(norm)
-    x = torch.randn(2, 8, 6, 5).to(dtype).contiguous(memory_format=memory_format)
-    x.requires_grad_(requires_grad)
-    out = norm(x)
-    assert out.dtype == dtype
-    assert out.is_contiguous(memory_format=memory_format)
-    # a few roundings of values below 8
-    torch.testing.assert_close(out.float(), norm(x.float()), rtol=0, atol=16 * torch.finfo(dtype).eps)
-
-
-def test_frozen_norm_keeps_no_feature_map_for_the_backward_pass():
-    norm = FrozenBatchNorm2d(8)
-    x = torch.randn(2, 8, 6, 5, requires_grad=True)
-    kept = []
-
-    def note(tensor):
-        kept.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        norm(x)
-    assert sum(kept) <= 8  # the scale
 
 
 # ---- ResNet
@@ -303,8 +238,8 @@ class TimmLike(nn.Module):
 @pytest.mark.parametrize("make", [lambda: EfficientNetLite(0), OwnBackbone], ids=["lite0", "own"])
 def test_pyramid_levels(make):
     backbone = make()
-    body = BackboneWithPyramid(backbone, FeaturePyramid(backbone_channels(backbone), out_channels=8))
-    levels = body(torch.rand(2, 3, 64, 96))
+    net = BackboneWithPyramid(backbone, FeaturePyramid(backbone_channels(backbone), out_channels=8))
+    levels = net(torch.rand(2, 3, 64, 96))
     assert [tuple(level.shape) for level in levels] == [
         (2, 8, 16, 24),
         (2, 8, 8, 12),
@@ -312,16 +247,16 @@ def test_pyramid_levels(make):
         (2, 8, 2, 3),
         (2, 8, 1, 2),
     ]
-    assert body.strides == (4, 8, 16, 32, 64)
-    assert body.out_channels == 8
+    assert net.strides == (4, 8, 16, 32, 64)
+    assert net.out_channels == 8
 
 
 def test_gradients_reach_trained_stages_only():
     backbone = ResNet(50, frozen_stages=2)
-    body = BackboneWithPyramid(backbone, FeaturePyramid(backbone.out_channels, out_channels=8)).train()
-    sum(level.sum() for level in body(torch.rand(1, 3, 64, 64))).backward()
-    for name, parameter in body.named_parameters():
-        frozen = name.startswith(("backbone.conv1", "backbone.layer1"))
+    net = BackboneWithPyramid(backbone, FeaturePyramid(backbone.out_channels, out_channels=8)).train()
+    sum(level.sum() for level in net(torch.rand(1, 3, 64, 64))).backward()
+    for name, parameter in net.named_parameters():
+        frozen = name.startswith(("body.conv1", "body.layer1"))
         assert (parameter.grad is None) == frozen, name
 
 
@@ -351,112 +286,10 @@ def test_backbones_that_do_not_fit_are_refused():
         backbone_channels(own)
     with pytest.raises(ValueError, match="the pyramid takes"):
         BackboneWithPyramid(OwnBackbone(), FeaturePyramid((3, 3, 3, 4)))
-    body = BackboneWithPyramid(OwnBackbone(), FeaturePyramid((3, 3, 3, 3), 4))
-    body.backbone.forward = lambda images: images
+    net = BackboneWithPyramid(OwnBackbone(), FeaturePyramid((3, 3, 3, 3), 4))
+    net.body.forward = lambda images: images
     with pytest.raises(TypeError, match="returned Tensor: return "):
-        body(torch.zeros(1, 3, 64, 64))
-    body.backbone.forward = lambda images: [images] * 5
+        net(torch.zeros(1, 3, 64, 64))
+    net.body.forward = lambda images: [images] * 5
     with pytest.raises(TypeError, match="returned 5 levels"):
-        body(torch.zeros(1, 3, 64, 64))
-
-
-# ---- weight files
-
-
-@pytest.fixture(scope="module")
-def lite():
-    torch.manual_seed(1)
-    net = EfficientNetLite(0)
-    randomise_norms(net)
-    return net
-
-
-def same_tensors(module, other, tolerance=0.0):
-    expected = other.state_dict()
-    for name, tensor in module.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance, msg=name)
-
-
-def test_loads_half_precision_safetensors(lite, tmp_path):
-    state = {name: t.half() if t.ndim == 4 else t for name, t in lite.state_dict().items()}
-    state["conv_head.weight"] = torch.zeros(1280, 320, 1, 1)
-    state["bn1.weight"] = torch.zeros(1280)
-    save_file(state, tmp_path / "lite0.safetensors")
-    net = EfficientNetLite(0)
-    assert load_backbone_weights(net, tmp_path / "lite0.safetensors") == ["bn1.weight", "conv_head.weight"]
-    assert {tensor.dtype for tensor in net.state_dict().values()} == {torch.float32}
-    same_tensors(net, lite, tolerance=1e-3)
-
-
-def test_loads_names_with_underscores(lite, tmp_path):
-    state = {}
-    for name, tensor in lite.state_dict().items():
-        *modules, kind = name.split(".")
-        state[".".join([*(part if part.isdigit() else f"_{part}" for part in modules), kind])] = tensor
-    state["_fc.bias"] = torch.zeros(1000)
-    assert "_blocks.3._expand_conv.weight" in state
-    torch.save(state, tmp_path / "lite0.pth")
-    net = EfficientNetLite(0)
-    assert load_backbone_weights(net, str(tmp_path / "lite0.pth")) == ["fc.bias"]
-    same_tensors(net, lite)
-
-
-def test_loads_a_torchvision_resnet(tmp_path):
-    reference = torchvision.models.resnet50(weights=None)
-    randomise_norms(reference)
-    torch.save(reference.state_dict(), tmp_path / "resnet50.pth")
-    net = ResNet(50)
-    assert load_backbone_weights(net, tmp_path / "resnet50.pth") == ["fc.bias", "fc.weight"]
-    expected = reference.state_dict()
-    for name, tensor in net.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
-
-
-def test_loads_into_an_own_backbone_with_trained_norms(tmp_path):
-    source, net = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)) for _ in range(2))
-    torch.save(source.state_dict(), tmp_path / "with.pth")
-    without = {name: t for name, t in source.state_dict().items() if "num_batches" not in name}
-    save_file(without, tmp_path / "without.safetensors")
-    for file in ("with.pth", "without.safetensors"):
-        assert load_backbone_weights(net, tmp_path / file) == []
-        assert torch.equal(net[0].weight, source[0].weight)
-
-
-def test_weight_files_that_do_not_fit(lite, tmp_path):
-    before = {name: tensor.clone() for name, tensor in lite.state_dict().items()}
-
-    def refused(state, message):
-        torch.save(state, tmp_path / "file.pth")
-        with pytest.raises(ValueError, match=message) as caught:
-            load_backbone_weights(lite, tmp_path / "file.pth")
-        assert "\n" not in str(caught.value)
-
-    without = {name: tensor for name, tensor in before.items() if name != "bn0.bias"}
-    refused(without, r"does not fit EfficientNetLite: it lacks bn0\.bias$")
-    refused({**before, "neck.weight": torch.zeros(1)}, "it has neck.weight besides")
-    refused({**before, "bn0.bias": torch.zeros(5)}, r"bn0.bias is \(5,\), not \(32,\)")
-    refused({}, r"it lacks .* and \d+ more")
-    refused({"state_dict": before}, "holds no plain state dict")
-    refused([1, 2], "holds no plain state dict")
-    refused({"bn0.bias": Path("x")}, "not a weight file")  # code in a pickle is never run
-    with pytest.raises(ValueError, match="there is no weight file"):
-        load_backbone_weights(lite, tmp_path / "absent.pth")
-    for name in ("text.pth", "text.safetensors"):
-        (tmp_path / name).write_text("neither of the two\n")
-        with pytest.raises(ValueError, match=r"is not a weight file, or a broken one: .+") as caught:
-            load_backbone_weights(lite, tmp_path / name)
-        assert "\n" not in str(caught.value)
-    for name, tensor in lite.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-
-
-@pytest.mark.skipif(not WEIGHTS_DIR, reason="DSG_WEIGHTS_DIR names no folder of weights")
-@pytest.mark.parametrize("variant", [0, 2])
-def test_loads_imagenet_weights(variant):
-    net = EfficientNetLite(variant)
-    path = Path(WEIGHTS_DIR) / f"efficientnet_lite{variant}_imagenet_backbone.safetensors"
-    left_aside = load_backbone_weights(net, path)
-    assert {name.partition(".")[0] for name in left_aside} == {"conv_head", "bn1"}
-    with torch.no_grad():
-        features = net(torch.randn(1, 3, 64, 64))
-    assert all(level.isfinite().all() and level.std() > 0.1 for level in features)
+        net(torch.zeros(1, 3, 64, 64))
