@@ -1,0 +1,91 @@
+"""Detections -> one COCO document, as bytes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from dsg.ops.rle import rle_area
+from dsg.service.polygons import polygons
+from dsg.service.query import MaskFormat, Wanted
+
+if TYPE_CHECKING:
+    from dsg.model.network.checkpoint import CheckpointInfo
+    from dsg.model.network.detections import Detections
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One picture of a request with what was found in it."""
+
+    name: str
+    """The file's name, as the client calls it."""
+    detections: "Detections"
+
+
+def select(detections: "Detections", wanted: Wanted) -> "Detections":
+    """What of a picture's detections a request wants: its categories first, then threshold and number."""
+    if wanted.labels is not None:
+        rows = [row for row, label in enumerate(detections.labels.tolist()) if label in wanted.labels]
+        detections = replace(
+            detections,
+            boxes=detections.boxes[rows],
+            scores=detections.scores[rows],
+            labels=detections.labels[rows],
+            mask_probs=detections.mask_probs[rows],
+        )
+    return detections.select(wanted.score_threshold, wanted.max_detections)
+
+
+def coco_document(
+    answered: Sequence[Answered], wanted: Wanted, info: "CheckpointInfo", model_name: str
+) -> dict[str, Any]:
+    """The COCO document of a request: `pycocotools.coco.COCO` loads it, and `loadRes` takes its annotations.
+
+    Images and annotations are numbered from 1 in their order. `bbox` is the box that was detected, `area` the
+    number of pixels of the mask.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, picture in enumerate(answered, 1):
+        detections = select(picture.detections, wanted)
+        height, width = detections.image_size
+        images.append({"id": image_id, "file_name": picture.name, "width": width, "height": height})
+        for result in detections.to_coco(image_id, [category.id for category in info.categories]):
+            rle = result["segmentation"]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    **result,
+                    "area": rle_area(rle),
+                    "segmentation": _segmentation(rle, wanted.mask_format),
+                    "iscrowd": 0,
+                }
+            )
+    return {
+        "info": {
+            "description": "instances found by a detector",
+            "model": model_name,
+            "version": info.version,
+            "hash": info.hash,
+            "licence": info.licence,
+        },
+        "images": images,
+        "annotations": annotations,
+        "categories": [
+            {"id": category.id, "name": category.name, "supercategory": category.supercategory}
+            for category in info.categories
+        ],
+    }
+
+
+def to_json(document: dict[str, Any]) -> bytes:
+    """Bytes of a document."""
+    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _segmentation(rle: dict[str, Any], mask_format: MaskFormat) -> dict[str, Any] | list[list[int]]:
+    if mask_format == "rle":
+        return rle
+    return polygons(rle) if mask_format == "polygon" else []

@@ -1,0 +1,97 @@
+"""Around every request: an id, a log line, a duration in the metrics, an answer when our code breaks.
+
+Plain ASGI. Starlette's BaseHTTPMiddleware puts a stream between server and application, behind which an
+application no longer sees that its client has hung up.
+"""
+
+import re
+import time
+import uuid
+from typing import Any
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dsg.service.problems import internal_error, problem_response
+from dsg.service.state import Service
+
+_log = structlog.get_logger("dsg.service")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+# Probes and scrapes come every few seconds for ever; they are logged only when they fail.
+_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
+
+
+class RequestMiddleware:
+    """Outermost layer of the application.
+
+    Routes may add to the log line through `request.state.log`, a dict.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        request_id = _request_id(scope)
+        log: dict[str, Any] = {}
+        scope.setdefault("state", {})
+        scope["state"]["log"] = log
+        scope["state"]["started"] = started
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {
+                    **message,
+                    "headers": [*message["headers"], (b"x-request-id", request_id.encode())],
+                }
+            await send(message)
+
+        self._service.active += 1
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            _log.exception("request failed", request_id=request_id, path=scope["path"])
+            problem = internal_error()
+            log["reason"] = problem.reason
+            if status == 0:
+                await problem_response(problem)(scope, receive, send_with_id)
+        finally:
+            self._service.active -= 1
+            self._record(scope, request_id, status, time.monotonic() - started, log)
+
+    def _record(
+        self, scope: Scope, request_id: str, status: int, seconds: float, log: dict[str, Any]
+    ) -> None:
+        metrics = self._service.metrics
+        # The route's own path, not the client's: each path that someone makes up must not become a time
+        # series.
+        route = getattr(scope.get("route"), "path", "(none)")
+        method = scope["method"] if route != "(none)" else "(any)"
+        metrics.requests.labels(route, method, str(status)).observe(seconds)
+        if "reason" in log:
+            metrics.problems.labels(log["reason"]).inc()
+        if status >= 400 or scope["path"] not in _QUIET:
+            _log.info(
+                "request",
+                request_id=request_id,
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                duration_ms=round(seconds * 1000, 1),
+                **log,
+            )
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own id if it is a plain word, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return value.decode("ascii")
+    return uuid.uuid4().hex

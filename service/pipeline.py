@@ -1,0 +1,141 @@
+"""One request to /segment: decode, queue and device, encode; in time, and while its client is there."""
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import Response
+from starlette.types import Receive
+
+from dsg.service.batching import DeadlinePassed, DeviceStopped
+from dsg.service.body import Upload
+from dsg.service.decode import decode_picture
+from dsg.service.encode import Answered, coco_document, to_json
+from dsg.service.overlay import draw_instances, to_png
+from dsg.service.problems import CLIENT_GONE, Problem
+from dsg.service.query import PNG, Wanted
+from dsg.service.state import Service
+
+if TYPE_CHECKING:
+    from dsg.model.network.predictor import Predictor, PreparedImage
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was checked as far as it can be without decoding a picture."""
+
+    uploads: list[Upload]
+    wanted: Wanted
+    media_type: str
+    """Of the answer: `application/json` or `image/png`."""
+    model_name: str
+    predictor: "Predictor"
+    deadline: float
+    """On the clock of `time.monotonic`."""
+
+
+async def answer(service: Service, job: Job, log: dict[str, Any]) -> Response:
+    """Run a request through all stages.
+
+    Args:
+        service: with a place free for each picture (429 otherwise).
+        job: the request.
+        log: takes the stages' durations in milliseconds, and how many pictures ran together at most.
+    """
+    with service.admission.places(len(job.uploads)):
+        started = time.monotonic()
+        pictures = await _decode(service, job)
+        decoded = time.monotonic()
+        try:
+            waiting = service.batcher.submit(job.predictor, pictures, job.deadline)
+            outcomes = await asyncio.gather(*map(asyncio.wrap_future, waiting))
+        except DeadlinePassed:
+            raise deadline_passed() from None
+        except DeviceStopped:
+            raise Problem(503, "draining", "this server stopped before it came to this request") from None
+        inferred = time.monotonic()
+        answered = [
+            Answered(upload.name, outcome.detections)
+            for upload, outcome in zip(job.uploads, outcomes, strict=True)
+        ]
+        content = await service.encoding(partial(_encode, job, answered, service.settings.max_pixels))
+        stages = {
+            "decode": decoded - started,
+            "queue": max(outcome.queue_s for outcome in outcomes),
+            "infer": max(outcome.infer_s for outcome in outcomes),
+            "encode": time.monotonic() - inferred,
+        }
+    for stage, seconds in stages.items():
+        service.metrics.stages.labels(stage).observe(seconds)
+        log[f"{stage}_ms"] = round(seconds * 1000, 1)
+    log["batch"] = max(outcome.batch_size for outcome in outcomes)
+    timing = ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in stages.items())
+    return Response(content, media_type=job.media_type, headers={"Server-Timing": timing})
+
+
+async def while_wanted(work: Coroutine[Any, Any, Response], receive: Receive, deadline: float) -> Response:
+    """Await `work`, and cancel it when its deadline passes (504) or its client hangs up (499).
+
+    Args:
+        work: what makes the answer.
+        receive: of the request, whose body has been read: all that can still come is its end.
+        deadline: on the clock of `time.monotonic`.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_hung_up(receive))
+    try:
+        await asyncio.wait(
+            {task, gone}, timeout=max(0.0, deadline - time.monotonic()), return_when=asyncio.FIRST_COMPLETED
+        )
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise Problem(CLIENT_GONE, "client_gone", "the client hung up before its answer was ready")
+        raise deadline_passed()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def deadline_passed() -> Problem:
+    """The 504 problem."""
+    return Problem(
+        504, "deadline_passed", "no answer was ready in time; allow more, send less, or try again later"
+    )
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _decode(service: Service, job: Job) -> "list[PreparedImage]":
+    def prepare(data: bytes) -> "PreparedImage":
+        if time.monotonic() >= job.deadline:
+            raise deadline_passed()
+        return job.predictor.prepare(decode_picture(data, service.settings.max_pixels))
+
+    tasks = [service.decoding(partial(prepare, upload.data)) for upload in job.uploads]
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    pictures = []
+    for index, result in enumerate(results):
+        if isinstance(result, Problem):
+            raise result.of_picture(index) if len(results) > 1 else result
+        if isinstance(result, BaseException):
+            raise result
+        pictures.append(result)
+    return pictures
+
+
+def _encode(job: Job, answered: list[Answered], max_pixels: int) -> bytes:
+    document = coco_document(answered, job.wanted, job.predictor.info, job.model_name)
+    if job.media_type != PNG:
+        return to_json(document)
+    # Decoded once more: to keep the pixels of every picture in the queue would take many times the memory.
+    pixels = decode_picture(job.uploads[0].data, max_pixels)
+    names = {category["id"]: category["name"] for category in document["categories"]}
+    return to_png(draw_instances(pixels, document["annotations"], names))

@@ -1,0 +1,110 @@
+"""Errors as `application/problem+json` (RFC 9457): one exception that says status and cause."""
+
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+CLIENT_GONE = 499
+"""Status of a request whose client hung up: seen in logs and metrics, sent to no one."""
+
+
+class Problem(Exception):
+    """An answer other than success.
+
+    Args:
+        status: HTTP status.
+        reason: one word for programs and metrics, such as `queue_full`.
+        detail: one sentence for people: what is wrong and what to do. Never a path or a traceback.
+        headers: of the answer.
+        members: further members of the document, such as `index=2` for the picture at fault.
+    """
+
+    def __init__(
+        self, status: int, reason: str, detail: str, headers: dict[str, str] | None = None, **members: Any
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.reason = reason
+        self.detail = detail
+        self.headers = headers or {}
+        self.members = members
+
+    def of_picture(self, index: int) -> "Problem":
+        """The same problem, said of one picture of a request (counted from 0)."""
+        detail = f"picture {index}: {self.detail}"
+        return Problem(self.status, self.reason, detail, self.headers, **self.members, index=index)
+
+
+def problem_response(problem: Problem) -> Response:
+    """The answer that a problem stands for."""
+    document = {
+        "type": "about:blank",
+        "title": "Client Closed Request"
+        if problem.status == CLIENT_GONE
+        else HTTPStatus(problem.status).phrase,
+        "status": problem.status,
+        "reason": problem.reason,
+        "detail": problem.detail,
+        **problem.members,
+    }
+    return Response(
+        orjson.dumps(document), problem.status, headers=problem.headers, media_type="application/problem+json"
+    )
+
+
+def internal_error() -> Problem:
+    """What a client is told when the fault is ours; the log has the rest, under the request's id."""
+    return Problem(
+        500, "internal", "something broke here, not in the request; the log knows it by the X-Request-Id"
+    )
+
+
+def install_problem_handlers(app: FastAPI) -> None:
+    """Make every error of the application a problem document."""
+
+    @app.exception_handler(Problem)
+    async def _own(request: Request, problem: Problem) -> Response:
+        request.state.log["reason"] = problem.reason
+        return problem_response(problem)
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        details = {
+            404: f"there is nothing at {request.url.path}; /docs lists what there is",
+            405: f"{request.method} is not for {request.url.path}; the Allow header lists what is",
+        }
+        reason = HTTPStatus(error.status_code).name.lower()
+        detail = details.get(error.status_code, str(error.detail))
+        return await _own(request, Problem(error.status_code, reason, detail, dict(error.headers or {})))
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(request: Request, error: RequestValidationError) -> Response:
+        errors = [
+            {"parameter": ".".join(str(part) for part in one["loc"][1:]), "detail": one["msg"]}
+            for one in error.errors()
+        ]
+        detail = "; ".join(f"{one['parameter']}: {one['detail']}" for one in errors)
+        return await _own(request, Problem(422, "wrong_parameter", detail, errors=errors))
+
+
+def problem_documentation(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries of the problems that an endpoint may answer with."""
+    schema = {
+        "type": "object",
+        "required": ["type", "title", "status", "reason", "detail"],
+        "properties": {
+            "type": {"type": "string"},
+            "title": {"type": "string"},
+            "status": {"type": "integer"},
+            "reason": {"type": "string", "description": "one word for programs"},
+            "detail": {"type": "string", "description": "one sentence for people"},
+            "index": {"type": "integer", "description": "which picture of the request, counted from 0"},
+        },
+    }
+    content = {"application/problem+json": {"schema": schema}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}

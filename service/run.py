@@ -1,0 +1,142 @@
+"""One server process: a port, a log, the application, and an orderly end."""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from types import FrameType
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from PIL import Image
+
+from dsg.service.app import create_app
+from dsg.service.models import LoadPredictor, kernel_in_use, load_predictor
+from dsg.service.settings import Settings
+from dsg.service.state import Service
+
+_log = structlog.get_logger("dsg.service")
+_BACKLOG = 2048
+
+
+class ServiceError(ValueError):
+    """The server cannot start: one line that says why and what to do."""
+
+
+def serve(settings: Settings, load_predictor: LoadPredictor = load_predictor) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what is in flight, within `settings.drain_ms`, and return.
+
+    A second signal ends it at once.
+
+    Raises:
+        ServiceError: the port is taken, or a model does not load.
+    """
+    _configure_log()
+    # A bomb is a client's fault, and answered; a warning on the console would help no one.
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    listener = _listen(settings.host, settings.port)
+    try:
+        app = create_app(settings, load_predictor)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(app, listener))
+    finally:
+        listener.close()
+
+
+async def _serve(app: FastAPI, listener: socket.socket) -> None:
+    service: Service = app.state.service
+    # The lifespan is entered here and not by uvicorn, so that a model that does not load is one line.
+    starting = app.router.lifespan_context(app)
+    try:
+        await starting.__aenter__()
+    except (ValueError, TypeError, OSError) as error:
+        raise ServiceError(f"cannot load {service.settings.model}: {error}") from error
+    try:
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            ws="none",
+            backlog=_BACKLOG,
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
+        host, port = listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        _log.info("serving", url=url, models=", ".join(service.models.names()), kernel=kernel_in_use())
+        await _Server(config, service).serve(sockets=[listener])
+    finally:
+        await starting.__aexit__(None, None, None)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, but after a signal it keeps listening, and saying 503, until all in flight is answered."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._give_up_at = float("inf")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not uvicorn's own: that one raises the signal again at the end, and the exit status would not be 0.
+        if self._service.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._service.drain()
+        self._give_up_at = time.monotonic() + self._service.settings.drain_ms / 1000
+        _log.info("draining", signal=signal.Signals(sig).name, requests=self._service.active)
+
+    async def on_tick(self, counter: int) -> bool:
+        over = self._service.draining and (self._service.active == 0 or time.monotonic() >= self._give_up_at)
+        return await super().on_tick(counter) or over
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the port before the model is loaded: a port that is taken should show at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ServiceError(f"cannot listen on {host}: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise ServiceError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
+    return listener
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not made for Windows
+        return None
+    return uvloop.new_event_loop
+
+
+def _configure_log() -> None:
+    """One line an event on stderr: coloured for a person, JSON for a machine."""
+    pretty = sys.stderr.isatty()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([] if pretty else [structlog.processors.format_exc_info]),
+            structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
+    )

@@ -1,0 +1,102 @@
+"""Every number that an operator may set: environment variables `DSG_*`, or arguments in code."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr, StringConstraints, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+# Pillow warns of a decompression bomb above this many pixels; a higher cap would have to switch its guard
+# off.
+_PILLOW_GUARD_PIXELS = 89_478_485
+
+
+class Settings(BaseSettings):
+    """Settings of one server process.
+
+    `Settings()` reads the environment (`DSG_PORT=9000`); arguments win over it. An empty variable counts as
+    unset. Each description names the unit and the default.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="DSG_", env_ignore_empty=True, extra="ignore", frozen=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on (default 127.0.0.1: this machine alone)")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port (default 8000; 0 takes a free one)")
+    device: str | None = Field(
+        None, description="torch device, such as cpu or cuda:0 (default: the best one there is)"
+    )
+    model: str = Field(
+        "dsg_lite0_coco",
+        description="models to load, names or paths, comma separated; the first is the one that answers "
+        "requests without ?model= (default dsg_lite0_coco)",
+    )
+    model_dir: Path | None = Field(
+        None,
+        description="folder of NAME.safetensors files for DSG_MODEL and /models/reload (default: none)",
+    )
+    reload_key: Annotated[SecretStr, StringConstraints(min_length=16)] | None = Field(
+        None,
+        description="key of POST /models/reload, at least 16 characters, sent as 'Authorization: Bearer KEY' "
+        "(default: none, and reloading is off)",
+    )
+
+    max_bytes: int = Field(
+        32_000_000,
+        ge=1,
+        description="largest request body in bytes, all its pictures together (default 32000000)",
+    )
+    max_pixels: int = Field(
+        64_000_000,
+        ge=1,
+        le=_PILLOW_GUARD_PIXELS,
+        description=f"largest picture in pixels, at most {_PILLOW_GUARD_PIXELS} (default 64000000)",
+    )
+    max_pictures: int = Field(32, ge=1, description="most pictures in one request, a count (default 32)")
+    max_queue: int = Field(
+        128,
+        ge=1,
+        description="most pictures accepted and not answered yet, a count; one more gets 429 (default 128)",
+    )
+    max_batch: int = Field(
+        8, ge=1, description="most pictures run on the device together, a count (default 8)"
+    )
+    deadline_ms: int = Field(
+        60_000,
+        ge=1,
+        description="time from a request's headers to its answer in milliseconds, after which it gets 504; "
+        "X-Timeout-Ms shortens it for one request (default 60000)",
+    )
+    body_timeout_ms: int = Field(
+        30_000,
+        ge=1,
+        description="time to send a body in milliseconds, then 408 (default 30000)",
+    )
+    drain_ms: int = Field(
+        30_000,
+        ge=0,
+        description="time for requests in flight to finish after SIGTERM in milliseconds (default 30000)",
+    )
+    decode_workers: int = Field(
+        2, ge=1, description="threads that decode and resize pictures, a count (default 2)"
+    )
+    encode_workers: int = Field(2, ge=1, description="threads that write answers, a count (default 2)")
+
+    @field_validator("model")
+    @classmethod
+    def _some_model(cls, value: str) -> str:
+        if not all(part.strip() for part in value.split(",")):
+            raise ValueError("name at least one model, and no empty one between commas")
+        return value
+
+    @model_validator(mode="after")
+    def _one_request_fits(self) -> "Settings":
+        if self.max_pictures > self.max_queue:
+            raise ValueError(
+                f"max_pictures ({self.max_pictures}) above max_queue ({self.max_queue}): it never fits"
+            )
+        return self
+
+    @property
+    def models(self) -> list[str]:
+        """Names or paths of the models to load, the default one first."""
+        return [part.strip() for part in self.model.split(",")]
