@@ -73,8 +73,9 @@ class Detector(nn.Module):
         self.fuse_mask = fuse_mask
         self.rpn_loss = rpn_loss
         self.roi_sampler = roi_sampler
-        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(config.pixel_std), persistent=False)
+        # float64, so that a network in float64 does not carry the rounding of float32
+        for name in ("pixel_mean", "pixel_std"):
+            self.register_buffer(name, torch.tensor(getattr(config, name), dtype=torch.float64), persistent=False)
         if mpn is not None:
             # Guidance is multiplied by this: 1, except where a plain Mask R-CNN's weights start a DSG from its own
             # predictions (0, then ramped up).
@@ -154,7 +155,8 @@ class Detector(nn.Module):
         return result
 
     def _pyramid(self, batch: Tensor, sizes: Tensor) -> list[Tensor]:
-        levels: list[Tensor] = self.backbone(normalise(batch, sizes, self.pixel_mean, self.pixel_std))
+        mean, std = self.pixel_mean.to(batch.dtype), self.pixel_std.to(batch.dtype)
+        levels: list[Tensor] = self.backbone(normalise(batch, sizes, mean, std))
         return levels
 
     def _proposal_masks(self, levels: list[Tensor], rois: Tensor) -> ProposalMasks | None:
