@@ -1,6 +1,6 @@
 """`dsg serve`: the HTTP service."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ def serve(
     from dsg.service.run import serve as run_server
     from dsg.service.settings import Settings
 
-    given = {"model": model, "host": host, "port": port, "device": device}
+    given: dict[str, Any] = {"model": model, "host": host, "port": port, "device": device}
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
