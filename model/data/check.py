@@ -56,8 +56,8 @@ class Report:
         unused = [name for name, count in self.per_category if not count]
         counts = sorted(self.per_category, key=lambda item: -item[1])
         lines = [
-            f"{self.path}: {self.images} images ({self.empty_images} without objects), {self.objects} objects "
-            f"({self.with_mask} with masks), {self.crowd_regions} crowd regions",
+            f"{self.path}: {self.images} images ({self.empty_images} without objects), "
+            f"{self.objects} objects ({self.with_mask} with masks), {self.crowd_regions} crowd regions",
             f"sizes (height x width): {small} to {large}; most objects in one image: {self.fullest_image}",
             f"{len(self.per_category)} categories: " + ", ".join(f"{name} {n}" for name, n in counts if n),
         ]

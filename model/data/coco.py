@@ -94,8 +94,8 @@ def join(parts: Sequence[CocoData]) -> CocoData:
                 continue
             if category.id in names:
                 raise DataError(
-                    f"category id {category.id} is {names[category.id]!r} in one file and {category.name!r} in "
-                    "another; give one of them another id, or both the same name"
+                    f"category id {category.id} is {names[category.id]!r} in one file and {category.name!r} "
+                    "in another; give one of them another id, or both the same name"
                 )
             categories.append(category)
             names[category.id] = category.name

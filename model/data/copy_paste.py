@@ -1,4 +1,4 @@
-"""Simple copy-paste: objects of one picture laid over another (Ghiasi et al., 2021), cut out along their masks.
+"""Simple copy-paste: masked objects of one picture laid over another (Ghiasi et al., 2021).
 
 n: objects of the picture below, s: of the picture above, p: pasted ones.
 """
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dsg.model.data.masks import Patch
 from dsg.model.data.sample import Sample
 
 MIN_VISIBLE = 0.1
@@ -51,9 +52,9 @@ def copy_paste(below: Sample, above: Sample, rng: np.random.Generator) -> Sample
 
 
 def _fit(objects: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
-    """Objects whose masks are cut or padded from (height, width) `old` to `new`, without those that vanish."""
+    """Objects with masks cut or padded from `old` to `new` (height, width), without those that vanish."""
     masks = _resize_canvas(objects["masks"], *new)  # [p, H, W]
-    visible = masks.flatten(1).any(dim=1)
+    visible = _pixels(masks) > 0
     if old[0] <= new[0] and old[1] <= new[1]:
         boxes = objects["boxes"]
     else:
@@ -65,9 +66,9 @@ def _fit(objects: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int])
 def _uncovered(target: dict[str, Any], cover: Tensor) -> dict[str, Tensor]:
     """What stays visible of a target's objects below `cover` (uint8 [H, W])."""
     masks, has_mask = target["masks"], target["has_mask"]
-    visible = masks * (1 - cover)  # [n, H, W]
-    before = masks.flatten(1).sum(dim=1, dtype=torch.int64)  # [n]
-    after = visible.flatten(1).sum(dim=1, dtype=torch.int64)
+    visible = masks & (1 - cover)  # [n, H, W]
+    before = _pixels(masks)  # [n]
+    after = _pixels(visible)
     keep_masked = (after > 0) & (after >= MIN_VISIBLE * before)
     keep = torch.where(has_mask, keep_masked, _covered_share(target["boxes"], cover) <= MAX_COVERED)
     return {
@@ -83,15 +84,19 @@ def _boxes_where_changed(
     before: Tensor,  # uint8 [n, H, W]
     after: Tensor,  # uint8 [n, h, w]
 ) -> Tensor:
-    """Boxes float32 [n, 4]: around the mask where its number of pixels fell and is not 0; others as is."""
+    """Boxes float32 [n, 4]: those of masks that lost pixels, but not all, fit what is left."""
     boxes = boxes.clone()
-    left = after.flatten(1).sum(dim=1, dtype=torch.int64)
-    fell = (before.flatten(1).sum(dim=1, dtype=torch.int64) > left) & (left > 0)
-    for index in torch.nonzero(fell).flatten().tolist():
-        rows = torch.nonzero(after[index].any(dim=1)).flatten()
-        columns = torch.nonzero(after[index].any(dim=0)).flatten()
-        boxes[index] = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    left = _pixels(after)
+    for index in torch.nonzero((left < _pixels(before)) & (left > 0)).flatten().tolist():
+        boxes[index] = torch.tensor(Patch(after[index].numpy(), 0, 0).box())
     return boxes
+
+
+def _pixels(
+    masks: Tensor,  # uint8 [n, H, W] of 0 and 1
+) -> Tensor:
+    """int64 [n]: pixels of each mask. NumPy counts booleans many times faster than torch sums bytes."""
+    return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy().view(bool)], dtype=torch.int64)
 
 
 def _covered_share(

@@ -17,7 +17,7 @@ from dsg.model.data.transforms import Augment
 from dsg.model.data.view import View
 
 SAMPLE_STREAM = 1
-"""Keeps the random numbers of samples apart from those of the order of samples, which start from the same seed."""
+"""Keeps the random numbers of samples apart from those of their order, which start from the same seed."""
 
 
 class SampleKey(NamedTuple):
@@ -33,8 +33,8 @@ class SampleKey(NamedTuple):
 class CocoDataset(Dataset[Sample]):
     """Pictures and targets, as `Sample` describes them.
 
-    With a transform, what `dataset[key]` gives depends on the seed and the key alone: not on the process that makes
-    it, nor on what was asked for before. Without one, pictures come as they are, with all their objects.
+    With a transform, what `dataset[key]` gives depends on the seed and the key alone: not on the process that
+    makes it, nor on what was asked for before. Without one, pictures come as they are, with all objects.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class CocoDataset(Dataset[Sample]):
             data: what to train or evaluate on.
             transform: how samples are varied; None for evaluation.
             seed: start of all random numbers, 0 or more.
-            cache_images: keep all pictures decoded in memory (3 bytes a pixel). Workers that are forked share it.
+            cache_images: keep all pictures decoded in memory, 3 bytes a pixel; forked workers share it.
             pictures_only: targets hold `image_id` alone, and no mask is drawn; for prediction.
 
         Raises:

@@ -30,15 +30,15 @@ _ORDER_STREAM = 0
 
 
 class TrainBatches(Sampler[list[SampleKey]]):
-    """The endless row of training batches. Batch k is a function of the seed and k, so a run can go on anywhere.
+    """The endless row of training batches. Batch k is a function of the seed and k: a run can go on anywhere.
 
-    In each epoch every picture comes up once, in an order of its own. With groups, a batch holds pictures of one
-    group as far as possible; what is left over at the end is mixed. A last batch that is not full is dropped, or
-    filled with pictures of the same epoch, varied anew; so it is in any case where there are fewer pictures than a
-    batch holds.
+    In each epoch every picture comes up once, in an order of its own. With groups, a batch holds pictures of
+    one group as far as possible; what is left over at the end is mixed. A last batch that is not full is
+    dropped, or filled with pictures of the same epoch, varied anew; the latter also where there are fewer
+    pictures than a batch holds.
 
-    The batch is that of all ranks together: rank r takes every world_size-th key of it from the r-th on. So a run
-    that goes on with another number of ranks sees the same pictures, varied in the same way, in each step.
+    The batch is that of all ranks together: rank r takes every world_size-th key of it from the r-th on. So a
+    run that goes on with another number of ranks sees the same pictures, varied the same way, in each step.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TrainBatches(Sampler[list[SampleKey]]):
         world_size: int = 1,
         drop_last: bool = True,
     ) -> None:
-        """Args are those of `build_train_loader`; `groups` says which of two groups each picture belongs to."""
+        """Arguments are those of `build_train_loader`; `groups` says which of two groups a picture is of."""
         if length < 1:
             raise DataError("no picture to train on; give a COCO file with images")
         if batch_size < 1 or batch_size % world_size:
@@ -102,7 +102,7 @@ class TrainBatches(Sampler[list[SampleKey]]):
 
 
 class _Guarded(Dataset[Sample | DataError]):
-    """Hands a sample's error on as a value: raised in a worker it would come out with that process's traceback."""
+    """Hands an error on as a value: raised in a worker, its message would grow that process's traceback."""
 
     def __init__(self, dataset: CocoDataset) -> None:
         self._dataset = dataset
@@ -129,8 +129,8 @@ def _collate_guarded(samples: list[Sample | DataError]) -> Batch | DataError:
 def _pack(batch: Batch) -> Batch:
     """The same batch with all tensors of a dtype in one storage.
 
-    Each storage that a worker hands over costs an open file while the batch lives; a tensor each would run into the
-    usual limit of 1024 with a few workers.
+    Each storage that a worker hands over costs an open file while the batch lives; one for every tensor would
+    run into the usual limit of 1024 with a few workers.
     """
     images, targets = batch
     groups: dict[torch.dtype, list[tuple[dict[str, Any] | list[Tensor], Any]]] = {}
@@ -167,7 +167,8 @@ class _Loader:
         for batch in self._loader:
             if isinstance(batch, DataError):
                 raise batch
-            yield batch
+            images, targets = batch
+            yield images, targets
 
 
 class TrainLoader(_Loader):
@@ -204,17 +205,17 @@ def build_train_loader(
     drop_last: bool = True,
     start: int = 0,
 ) -> TrainLoader:
-    """An endless loader. Pictures are grouped by aspect ratio unless the transform gives all samples one shape.
+    """An endless loader, grouped by aspect ratio unless the transform gives all samples one shape.
 
     Args:
         dataset: with a transform; its own seed decides how samples are varied.
-        batch_size: images of one iteration over all ranks, a multiple of `world_size`; each rank gets its part.
+        batch_size: images of an iteration over all ranks, a multiple of `world_size`; a rank gets its part.
         seed: decides the order, 0 or more.
         workers: processes of this rank that prepare samples; 0: this process does. Results are the same.
         rank: number of this process, 0 to world_size - 1.
         world_size: number of processes that train together.
-        drop_last: leave out the images of an epoch that fill no batch; False: fill it with others of that epoch.
-        start: iteration to begin with: the number of batches that were already used, for a run that goes on.
+        drop_last: leave out an epoch's last images that fill no batch; False: fill up with others of the epoch.
+        start: iteration to begin with: the number of batches already used, for a run that goes on.
 
     Raises:
         ValueError: a batch that the ranks cannot share evenly, a rank or number of workers out of range.
@@ -237,7 +238,7 @@ def build_train_loader(
 def build_eval_loader(
     dataset: CocoDataset, *, batch_size: int = 1, workers: int = 0, rank: int = 0, world_size: int = 1
 ) -> EvalLoader:
-    """A loader that gives each picture once over all ranks; rank r takes every world_size-th from the r-th on.
+    """Each picture once over all ranks; rank r takes every world_size-th from the r-th on.
 
     Args:
         dataset: without a transform, so that pictures keep their size; `Predictor` resizes them.
