@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dsg.cli import data, errors, import_weights, models, predict, serve
+from dsg.cli import data, errors, evaluate, import_weights, models, predict, serve, train
 
 app = typer.Typer(
     add_completion=False,
@@ -18,6 +18,8 @@ app = typer.Typer(
 app.command("models")(models.models)
 app.command("serve")(serve.serve)
 app.command("predict")(predict.predict)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
 app.command("import-weights")(import_weights.import_weights)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at annotation files.")
 data_app.command("check")(data.check)

@@ -1,5 +1,6 @@
 """A checkpoint that finds something in every picture, a photo, and the command line as a function."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -61,4 +62,34 @@ def photo(tmp_path: Path) -> Path:
     path = tmp_path / "photo.png"
     noise = np.random.default_rng(0).integers(0, 256, (120, 150, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
+    return path
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> Path:
+    """A COCO file with 3 pictures of noise, 90 x 120, in images/ beside it; the third shows no object."""
+    (tmp_path / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for number in (1, 2, 3):
+        noise = generator.integers(0, 256, (90, 120, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "images" / f"{number}.png")
+    objects = [(1, 7, [10, 10, 40, 30]), (1, 3, [60, 40, 30, 30]), (2, 3, [20, 20, 50, 50])]
+    document = {
+        "images": [{"id": n, "file_name": f"{n}.png", "height": 90, "width": 120} for n in (1, 2, 3)],
+        "categories": [{"id": 7, "name": "nut"}, {"id": 3, "name": "bolt"}],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": image_id,
+                "category_id": category_id,
+                "bbox": [x, y, w, h],
+                "area": w * h,
+                "iscrowd": 0,
+                "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+            }
+            for number, (image_id, category_id, (x, y, w, h)) in enumerate(objects, start=1)
+        ],
+    }
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(document))
     return path

@@ -23,7 +23,12 @@ def test_options_win_over_variables(
     monkeypatch.setenv("DSG_PORT", "9001")
     monkeypatch.setenv("DSG_MAX_BATCH", "3")
     assert command("serve").code == 0
-    assert command("serve", "--port", 9002, "--host", "0.0.0.0", "--model", "a.safetensors", "--device", "cpu").code == 0
+    assert (
+        command(
+            "serve", "--port", 9002, "--host", "0.0.0.0", "--model", "a.safetensors", "--device", "cpu"
+        ).code
+        == 0
+    )
     first, second = started
     assert (first.port, first.max_batch, first.host) == (9001, 3, "127.0.0.1")
     assert (second.port, second.max_batch, second.host) == (9002, 3, "0.0.0.0")
@@ -31,7 +36,8 @@ def test_options_win_over_variables(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("DSG_PORT", "http"), ("DSG_PORT", "70000"), ("DSG_MAX_QUEUE", "1"), ("DSG_MODEL", "a,,b")]
+    ("name", "value"),
+    [("DSG_PORT", "http"), ("DSG_PORT", "70000"), ("DSG_MAX_QUEUE", "1"), ("DSG_MODEL", "a,,b")],
 )
 def test_wrong_settings_are_named(
     command: Callable, started: list[Settings], monkeypatch: pytest.MonkeyPatch, name: str, value: str
