@@ -73,7 +73,7 @@ typing:
 wheel: $(STAMP)-test ## sdist and wheel with kernels and weights, in dist/
 	rm -rf build/lib* build/bdist* build/temp* dist
 	$(BIN)/python -m build --no-isolation --sdist .
-	DSG_BUILD_OPS=$(OPS) $(BIN)/python -m build --no-isolation --wheel .
+	DSG_BUILD_OPS=$(OPS) DSG_CUDA_ARCHS=all $(BIN)/python -m build --no-isolation --wheel .
 	@ls -l dist
 
 wheelhouse: $(WHEELHOUSE)/.stamp ## wheels for a GPU machine without network (Python 3.12), in .wheelhouse
