@@ -214,7 +214,7 @@ def build_train_loader(
         workers: processes of this rank that prepare samples; 0: this process does. Results are the same.
         rank: number of this process, 0 to world_size - 1.
         world_size: number of processes that train together.
-        drop_last: leave out an epoch's last images that fill no batch; False: fill up with others of the epoch.
+        drop_last: leave out an epoch's last images that fill no batch; False: fill up with others of it.
         start: iteration to begin with: the number of batches already used, for a run that goes on.
 
     Raises:

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from faster_coco_eval.core import mask as coco_mask
 
+_FAR = 1e6
+"""Pixels: a polygon that reaches further is a mistake, and drawing it takes memory by its length."""
+
 
 @dataclass(frozen=True, slots=True)
 class Patch:
@@ -82,30 +85,28 @@ def polygon_points(polygon: Any) -> np.ndarray:
     """A polygon's points, float64 [k, 2].
 
     Raises:
-        ValueError: not a list of finite numbers, or an odd number of them.
+        ValueError: not a list of numbers below a million, or an odd number of them.
     """
     if not isinstance(polygon, list):
         raise ValueError(f"a polygon is {type(polygon).__name__}, not a list of coordinates")
     try:
         values = np.frombuffer(array("d", polygon), np.float64) if polygon else np.zeros(0)
-    except TypeError:
-        raise ValueError("a polygon holds something that is not a number") from None
+    except (TypeError, OverflowError):
+        raise ValueError("a polygon holds something that is not a number, or too large a one") from None
     if len(values) % 2:
         raise ValueError(f"a polygon has an odd number of coordinates ({len(values)})")
-    if not np.isfinite(values).all():
-        raise ValueError("a polygon has a coordinate that is not finite")
+    if not (np.abs(values) < _FAR).all():
+        raise ValueError("a polygon has a coordinate that is not finite or far too large")
     return values.reshape(-1, 2)
 
 
-def polygon_area(
+def has_area(
     points: np.ndarray,  # float64 [k, 2]
-) -> float:
-    """Area in square pixels, by the shoelace formula; 0 for fewer than 3 points or all on a line."""
-    if len(points) < 3:
-        return 0.0
-    # From the first point, so that far coordinates cost no digits.
-    x, y = (points[1:] - points[0]).T
-    return float(abs(np.dot(x[:-1], y[1:]) - np.dot(x[1:], y[:-1])) / 2)
+) -> bool:
+    """Whether a polygon encloses anything: at least 3 points, not all on one line."""
+    # Triangles from the first point, each by itself: loops of a polygon that crosses itself do not cancel.
+    x, y = (points[1:] - points[:1]).T
+    return bool(np.any(x[:-1] * y[1:] != x[1:] * y[:-1]))
 
 
 def rle_runs(rle: dict[str, Any], height: int, width: int) -> np.ndarray:
@@ -119,7 +120,7 @@ def rle_runs(rle: dict[str, Any], height: int, width: int) -> np.ndarray:
         raise ValueError(f"RLE size is {size!r}, the picture's is {[height, width]} (height, width)")
     if isinstance(counts, str | bytes):
         runs = _decompress(counts)
-    elif isinstance(counts, list) and all(type(run) is int for run in counts):
+    elif isinstance(counts, list) and all(type(run) is int and abs(run) < 2**40 for run in counts):
         runs = np.array(counts, np.int64)
     else:
         raise ValueError("RLE counts must be a text or a list of whole numbers")

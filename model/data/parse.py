@@ -6,18 +6,20 @@ collects all.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from dsg.model.data.masks import draw_runs, polygon_area, polygon_points, rle_runs
+from dsg.model.data.masks import draw_runs, has_area, polygon_points, rle_runs
 from dsg.model.data.records import Annotation, CocoData, DataError, ImageRecord
 from dsg.model.network.checkpoint import Category
 
 _OUTSIDE = 1.0
 """Pixels by which a box may reach over the border without a note: annotation tools round."""
+
+_FAR = 2**40
+"""Pixels; no coordinate is as large. Not-a-number is not below it either."""
 
 Segmentation = list[list[float]] | dict[str, Any] | None
 
@@ -153,7 +155,10 @@ def _images(path: Path, raw: list[Any], findings: Findings) -> dict[int, dict[st
 
 def _licences(raw: Any) -> dict[Any, str]:
     entries = [entry for entry in raw if isinstance(entry, dict)] if isinstance(raw, list) else []
-    return {entry.get("id"): entry["name"] for entry in entries if _is_text(entry.get("name"))}
+    named = [
+        entry for entry in entries if isinstance(entry.get("id"), int | str) and _is_text(entry.get("name"))
+    ]
+    return {entry["id"]: entry["name"] for entry in named}
 
 
 def _annotation(
@@ -193,8 +198,8 @@ def _box(raw: Any) -> tuple[float, ...]:
     """xyxy from COCO's [x, y, width, height]."""
     if not isinstance(raw, list) or len(raw) != 4 or not all(type(value) in (int, float) for value in raw):
         raise ValueError(f"bbox is {str(raw)[:80]}, not [x, y, width, height] in numbers")
-    if not all(map(math.isfinite, raw)):
-        raise ValueError(f"bbox {raw} has a value that is not finite")
+    if not all(abs(value) < _FAR for value in raw):
+        raise ValueError(f"bbox {raw} has a value that is not finite or far too large")
     x, y, width, height = map(float, raw)
     if width < 0 or height < 0:
         raise ValueError(f"bbox {raw} has a negative width or height")
@@ -226,7 +231,7 @@ def _segmentation(where: str, raw: Any, height: int, width: int, findings: Findi
         raise ValueError(f"segmentation is a {type(raw).__name__}, not polygons or RLE")
     if type(raw[0]) in (int, float):
         raise ValueError("segmentation is one flat list of numbers, each polygon needs a list of its own")
-    sound = [polygon for polygon in raw if polygon_area(polygon_points(polygon)) > 0]
+    sound = [polygon for polygon in raw if has_area(polygon_points(polygon))]
     if len(sound) < len(raw):
         count = f"{len(raw) - len(sound)} of {len(raw)} polygons"
         then = "left out" if sound else "used as a box only"
