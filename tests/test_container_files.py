@@ -1,4 +1,4 @@
-"""The container files against each other and against the settings; no engine is needed to see them drift apart."""
+"""The container files against each other and the settings; no engine is needed to see them drift apart."""
 
 import re
 from pathlib import Path
