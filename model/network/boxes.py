@@ -96,7 +96,9 @@ def non_maximum_suppression(
     """
     batch, count = scores.shape
     kept_scores = scores.new_full((batch, max(count, keep)), -math.inf)
-    reach = torch.where(valid[..., None], boxes.detach(), torch.zeros_like(boxes)).abs().amax(dim=(1, 2)).double()  # [B]
+    reach = (
+        torch.where(valid[..., None], boxes.detach(), torch.zeros_like(boxes)).abs().amax(dim=(1, 2)).double()
+    )  # [B]
     for image in range(batch):
         rows = valid[image].nonzero().squeeze(1)  # [n]
         # Groups are moved apart and compared in one run. In float64, since an offset of a million pixels would

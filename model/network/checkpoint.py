@@ -161,11 +161,15 @@ def read_info(path: str | os.PathLike[str]) -> CheckpointInfo:
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file, or a broken one: {error}") from None
     if _KEY not in metadata:
-        raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of dsg; import it with dsg import-weights")
+        raise CheckpointError(
+            f"{path} is a safetensors file, but no checkpoint of dsg; import it with dsg import-weights"
+        )
     try:
         return CheckpointInfo.from_json(metadata[_KEY])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its description cannot be read ({error}); was it written by another version?") from None
+        raise CheckpointError(
+            f"{path}: its description cannot be read ({error}); was it written by another version?"
+        ) from None
 
 
 def load_checkpoint(
@@ -183,7 +187,7 @@ def load_checkpoint(
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if hash_tensors(tensors) != info.hash:
         raise CheckpointError(f"{path}: its tensors do not have the hash that its description says; get the file again")
     model = build_from_config(config)
@@ -214,7 +218,11 @@ def _check_names(where: str, expected: Mapping[str, Tensor], found: Mapping[str,
         if name not in found:
             raise CheckpointError(f"{where}: tensor {name} is missing")
         if found[name].shape != tensor.shape:
-            raise CheckpointError(f"{where}: tensor {name} is {tuple(found[name].shape)}, the preset wants {tuple(tensor.shape)}")
+            raise CheckpointError(
+                f"{where}: tensor {name} is {tuple(found[name].shape)}, the preset wants {tuple(tensor.shape)}"
+            )
     extra = sorted(set(found) - set(expected))
     if extra:
-        raise CheckpointError(f"{where}: the preset has no tensor {extra[0]}" + (f" (and {len(extra) - 1} more)" if extra[1:] else ""))
+        raise CheckpointError(
+            f"{where}: the preset has no tensor {extra[0]}" + (f" (and {len(extra) - 1} more)" if extra[1:] else "")
+        )

@@ -115,7 +115,14 @@ class DetectorConfig:
             raise ValueError(f"anchor_sizes must name 5 levels (P2 to P6), got {len(self.anchor_sizes)}")
         if len({len(sizes) for sizes in self.anchor_sizes}) != 1:
             raise ValueError("anchor_sizes must name equally many sizes on each level: the RPN's head is shared")
-        for name in ("num_classes", "channels", "box_head_width", "proposals", "proposals_train", "max_detections"):
+        for name in (
+            "num_classes",
+            "channels",
+            "box_head_width",
+            "proposals",
+            "proposals_train",
+            "max_detections",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

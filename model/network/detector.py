@@ -120,7 +120,9 @@ class Detector(nn.Module):
         logits, deltas = self._classify(levels, rois, proposal_masks)
         kept = select_boxes(logits, deltas, proposals, sizes, self.config)
         # A detection keeps the mask features of the proposal it came from: F_- follows it through NMS.
-        origin = kept.origin + torch.arange(len(batch), device=rois.device)[:, None] * proposals.boxes.shape[1]  # [B, D]
+        origin = (
+            kept.origin + torch.arange(len(batch), device=rois.device)[:, None] * proposals.boxes.shape[1]
+        )  # [B, D]
         origin_masks = None if proposal_masks is None else proposal_masks.rows(origin.flatten())
         masks = self._segment(levels, as_rois(kept.boxes), origin_masks)  # [B * D, num_classes + 1, m, m]
         own = masks.gather(1, kept.labels.reshape(-1, 1, 1, 1).expand(-1, 1, *masks.shape[-2:]))  # [B * D, 1, m, m]

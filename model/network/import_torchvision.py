@@ -70,9 +70,13 @@ def import_torchvision(
     theirs = _read(path)
     tensors, unknown = _rename(theirs)
     if unknown:
-        raise ValueError(f"{path}: no place for tensor {unknown[0]} in {model_name}; is it a Mask R-CNN of torchvision?")
+        raise ValueError(
+            f"{path}: no place for tensor {unknown[0]} in {model_name}; is it a Mask R-CNN of torchvision?"
+        )
     if "box_head.classifier.bias" not in tensors:
-        raise ValueError(f"{path}: it has no roi_heads.box_predictor.cls_score.bias; is it a Mask R-CNN of torchvision?")
+        raise ValueError(
+            f"{path}: it has no roi_heads.box_predictor.cls_score.bias; is it a Mask R-CNN of torchvision?"
+        )
     categories = _categories(str(path), len(tensors["box_head.classifier.bias"]), classes)
     if classes == "coco80":
         tensors = _keep_outputs(tensors, [0, *(category.id for category in categories)])
@@ -116,7 +120,9 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the pickle
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read as tensors ({reason}); save it with torch.save(model.state_dict(), path)") from None
+        raise ValueError(
+            f"{path} cannot be read as tensors ({reason}); save it with torch.save(model.state_dict(), path)"
+        ) from None
     if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path} holds no state dict; save it with torch.save(model.state_dict(), path)")
     return dict(found)
@@ -142,7 +148,9 @@ def _categories(where: str, outputs: int, classes: str | None) -> tuple[Category
         raise ValueError(f"classes must be coco80 or left out, got {classes!r}")
     if classes == "coco80":
         if outputs != 91:
-            raise ValueError(f"{where}: coco80 needs the 91 outputs of torchvision's COCO weights, the file has {outputs}")
+            raise ValueError(
+                f"{where}: coco80 needs the 91 outputs of torchvision's COCO weights, the file has {outputs}"
+            )
         return COCO80
     if outputs == 91:
         return COCO90

@@ -27,7 +27,12 @@ class RPNLoss(nn.Module):
     """
 
     def __init__(
-        self, positive_iou: float, negative_iou: float, ignore_overlap: float, beta: float, sampler: BalancedSampler
+        self,
+        positive_iou: float,
+        negative_iou: float,
+        ignore_overlap: float,
+        beta: float,
+        sampler: BalancedSampler,
     ) -> None:
         super().__init__()
         self.positive_iou = positive_iou
@@ -36,7 +41,9 @@ class RPNLoss(nn.Module):
         self.beta = beta
         self.sampler = sampler
 
-    def forward(self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], targets: Targets) -> dict[str, Tensor]:
+    def forward(
+        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], targets: Targets
+    ) -> dict[str, Tensor]:
         """Mean over all sampled anchors of the batch.
 
         Args:
@@ -114,7 +121,9 @@ class RoISampler(nn.Module):
             rois.append(functional.pad(boxes[rows], (1, 0), value=float(image)))  # [S, 5]
             truth.append(matched)
             labels.append(
-                targets.labels[image, matched].where(is_positive, 0) if targets.labels.shape[1] else torch.zeros_like(matched)
+                targets.labels[image, matched].where(is_positive, 0)
+                if targets.labels.shape[1]
+                else torch.zeros_like(matched)
             )
         return RoISamples(torch.cat(rois), torch.cat(truth), torch.cat(labels))
 

@@ -37,7 +37,10 @@ def match(
         overlaps = iou(truth, boxes) * truth_valid[:, None]  # [G, N]
         best, index = overlaps.max(dim=0)  # [N]
     else:
-        best, index = boxes.new_zeros(len(boxes)), torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+        best, index = (
+            boxes.new_zeros(len(boxes)),
+            torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device),
+        )
     role = torch.full_like(index, UNUSED)
     role[best < negative_iou] = NEGATIVE
     role[best >= positive_iou] = POSITIVE

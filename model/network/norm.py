@@ -51,8 +51,6 @@ class FrozenBatchNorm2d(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -60,12 +60,18 @@ def image_tensor(image: Any) -> Tensor:
         image = picture_to_rgb(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
-            raise TypeError(f"an array must be uint8 [H, W, 3] RGB, got {image.dtype}; floats in 0..1 go in as a tensor [3, H, W]")
+            raise TypeError(
+                f"an array must be uint8 [H, W, 3] RGB, got {image.dtype}; floats in 0..1 go in as a tensor [3, H, W]"
+            )
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(f"an array must be [H, W, 3] with H, W > 0, got {list(image.shape)}")
-        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        # torch warns of arrays that it must not write to, such as np.asarray(picture)
+        image = np.ascontiguousarray(image) if image.flags.writeable else image.copy()
+        return torch.from_numpy(image).permute(2, 0, 1)
     if not isinstance(image, Tensor):
-        raise TypeError(f"a picture must be a path, a PIL picture, a uint8 array or a tensor, got {type(image).__name__}")
+        raise TypeError(
+            f"a picture must be a path, a PIL picture, a uint8 array or a tensor, got {type(image).__name__}"
+        )
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(f"a tensor must be uint8 or float in 0..1, got {image.dtype}")
     if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
@@ -84,5 +90,7 @@ def _read(path: str | os.PathLike[str]) -> np.ndarray:
             return picture_to_rgb(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow's own words can hold the path and several lines
-        reason = "it is not a picture, or of an unknown kind" if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = (
+            "it is not a picture, or of an unknown kind" if isinstance(error, Image.UnidentifiedImageError) else error
+        )
         raise ValueError(f"cannot read {os.fspath(path)}: {reason}") from None

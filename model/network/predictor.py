@@ -95,7 +95,9 @@ class Predictor:
             raise ValueError(f"score_threshold must be in 0..1, got {threshold}")
         most = self.info.max_detections if max_detections is None else max_detections
         if not 1 <= most <= self.info.max_detections:
-            raise ValueError(f"max_detections must be in 1..{self.info.max_detections} for {self.info.name}, got {most}")
+            raise ValueError(
+                f"max_detections must be in 1..{self.info.max_detections} for {self.info.name}, got {most}"
+            )
         return threshold, most
 
     def prepare(self, image: Any) -> PreparedImage:

@@ -1,13 +1,14 @@
 import pytest
 import torch
-from dsg.model.network.anchors import AnchorGenerator
 from torchvision.models.detection.anchor_utils import AnchorGenerator as TorchvisionAnchors
 from torchvision.models.detection.image_list import ImageList
+
+from dsg.model.network.anchors import AnchorGenerator
 
 
 def levels(height: int, width: int):
     """Empty features of a padded picture; P6 is rounded up, as a stride-2 pool rounds."""
-    return [torch.zeros(1, 1, -(-height // 2**l), -(-width // 2**l)) for l in range(2, 7)]
+    return [torch.zeros(1, 1, -(-height // 2**level), -(-width // 2**level)) for level in range(2, 7)]
 
 
 def test_one_cell_by_hand():
@@ -17,7 +18,9 @@ def test_one_cell_by_hand():
     square = torch.tensor([-half, -half, half, half], dtype=torch.float64)
     assert torch.allclose(anchors[4][1], square)
     wide, tall = anchors[4][0], anchors[4][2]
-    assert float(wide[2] - wide[0]) == pytest.approx(32 * 2**0.5) and float(wide[3] - wide[1]) == pytest.approx(32 / 2**0.5)
+    assert float(wide[2] - wide[0]) == pytest.approx(32 * 2**0.5) and float(wide[3] - wide[1]) == pytest.approx(
+        32 / 2**0.5
+    )
     assert torch.allclose(tall, wide[[1, 0, 3, 2]])
     # the second cell of the finest level lies 4 pixels to the right
     assert torch.allclose(anchors[0][3:6], anchors[0][:3] + torch.tensor([4.0, 0, 4, 0], dtype=torch.float64))
@@ -27,7 +30,9 @@ def test_one_cell_by_hand():
 def test_torchvisions_conventions(height, width):
     sizes, ratios = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,)), (0.5, 1.0, 2.0)
     features = levels(height, width)
-    theirs = TorchvisionAnchors(sizes, (ratios,) * 5)(ImageList(torch.zeros(1, 3, height, width), [(height, width)]), features)
+    theirs = TorchvisionAnchors(sizes, (ratios,) * 5)(
+        ImageList(torch.zeros(1, 3, height, width), [(height, width)]), features
+    )
     ours = AnchorGenerator(sizes, ratios, True, True)(features, (height, width), torch.float32)
     assert torch.equal(torch.cat(ours), theirs[0])
 

@@ -3,6 +3,9 @@ import math
 import pytest
 import torch
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dsg.model.network.boxes import (
     clip_boxes,
     decode_deltas,
@@ -12,14 +15,15 @@ from dsg.model.network.boxes import (
     iou,
     non_maximum_suppression,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def random_boxes(count: int, seed: int, extent: float = 100.0):
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(count, 2, generator=generator, dtype=torch.float64) * extent
-    return torch.cat([corner, corner + torch.rand(count, 2, generator=generator, dtype=torch.float64) * extent / 2 + 0.5], 1)
+    return torch.cat(
+        [corner, corner + torch.rand(count, 2, generator=generator, dtype=torch.float64) * extent / 2 + 0.5],
+        1,
+    )
 
 
 def test_iou_by_hand():
@@ -65,7 +69,11 @@ def test_clip_uses_each_pictures_own_size():
 
 
 def test_nan_has_no_sides():
-    assert has_sides(torch.tensor([[0.0, 0, math.nan, 5], [0, 0, 5, 5], [0, 0, 0.5, 5]]), 1.0).tolist() == [False, True, False]
+    assert has_sides(torch.tensor([[0.0, 0, math.nan, 5], [0, 0, 5, 5], [0, 0, 0.5, 5]]), 1.0).tolist() == [
+        False,
+        True,
+        False,
+    ]
 
 
 def loop_nms(boxes, scores, groups, valid, threshold):
@@ -73,7 +81,9 @@ def loop_nms(boxes, scores, groups, valid, threshold):
     alive = [i for i in scores.argsort(descending=True).tolist() if valid[i]]
     kept = []
     for i in alive:
-        overlaps = [float(torchvision.ops.box_iou(boxes[i : i + 1], boxes[j : j + 1])) for j in kept if groups[j] == groups[i]]
+        overlaps = [
+            float(torchvision.ops.box_iou(boxes[i : i + 1], boxes[j : j + 1])) for j in kept if groups[j] == groups[i]
+        ]
         if all(overlap <= threshold for overlap in overlaps):
             kept.append(i)
     return kept
@@ -95,17 +105,24 @@ def test_suppression_is_greedy_within_groups(seed, threshold):
 
 
 def test_suppression_does_not_depend_on_the_number_of_groups():
-    """In float32 an offset of 80 groups would shift coordinates by up to a pixel's fraction, and with it the overlap."""
+    """In float32 the offset of a far group would eat the fraction of a coordinate, and with it the overlap."""
     boxes = torch.tensor([[[0.0, 0, 10, 10], [0.0, 0, 10, 19.999]]])  # IoU just above one half
     for group in (0, 100_000):
         groups = torch.full((1, 2), group)
-        _, kept = non_maximum_suppression(boxes, torch.tensor([[0.9, 0.8]]), groups, torch.ones(1, 2, dtype=torch.bool), 0.5, 2)
+        _, kept = non_maximum_suppression(
+            boxes, torch.tensor([[0.9, 0.8]]), groups, torch.ones(1, 2, dtype=torch.bool), 0.5, 2
+        )
         assert kept.tolist() == [[True, False]]
 
 
 def test_nothing_valid_gives_nothing():
     boxes = torch.full((1, 3, 4), math.nan)
     index, kept = non_maximum_suppression(
-        boxes, torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.bool), 0.5, 2
+        boxes,
+        torch.ones(1, 3),
+        torch.zeros(1, 3, dtype=torch.int64),
+        torch.zeros(1, 3, dtype=torch.bool),
+        0.5,
+        2,
     )
     assert not kept.any() and index.tolist() == [[0, 0]]

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from dsg.model.network.matching import NEGATIVE, POSITIVE, UNUSED, BalancedSampler, match
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dsg.model.network.matching import NEGATIVE, POSITIVE, UNUSED, BalancedSampler, match
 
 TRUTH = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]])
 BOTH = torch.tensor([True, True])
@@ -45,7 +46,11 @@ def test_crowd_regions_are_neither_positive_nor_negative():
     crowd = torch.tensor([[100.0, 100, 200, 200], [0, 0, 12, 12]])
     inside, half_out, positive = [110.0, 110, 120, 120], [95.0, 110, 104, 120], [0.0, 0, 10, 10]
     _, role = roles([inside, half_out, positive], ignore=crowd)
-    assert role == [UNUSED, NEGATIVE, POSITIVE]  # 4/9 of the second lies inside; the third belongs to an instance
+    assert role == [
+        UNUSED,
+        NEGATIVE,
+        POSITIVE,
+    ]  # 4/9 of the second lies inside; the third belongs to an instance
 
 
 @given(st.lists(st.sampled_from([POSITIVE, NEGATIVE, UNUSED]), min_size=1, max_size=60), st.integers(0, 1000))

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from dsg.model.network.predictor import Predictor, resize
 from torch import Tensor
 from torch.nn import functional
 from torchvision_twins import our_twin, torchvision_mask_rcnn
+
+from dsg.model.network.predictor import Predictor, resize
 
 
 def picture(seed: int, height: int, width: int) -> Tensor:

@@ -1,11 +1,12 @@
-"""Ten steps of training, ours beside torchvision's: same weights, pictures, anchors and RoIs; same losses and gradients."""
+"""Ten steps of training beside torchvision: same weights, pictures, anchors, RoIs; same losses and gradients."""
 
 import torch
-from dsg.model.network.matching import BalancedSampler
 from torch.nn import functional
 from torchvision.models.detection import _utils as torchvision_utils
 from torchvision.ops.misc import FrozenBatchNorm2d
 from torchvision_twins import our_twin, torchvision_mask_rcnn
+
+from dsg.model.network.matching import BalancedSampler
 
 STEPS = 10
 ROIS, ANCHORS = 24, 32
@@ -15,19 +16,29 @@ LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_re
 def scene(seed: int, height: int, width: int, count: int):
     """A float64 picture of coloured rectangles and discs, and its target."""
     generator = torch.Generator().manual_seed(seed)
-    picture = 0.3 * functional.interpolate(torch.rand(1, 3, 6, 6, generator=generator), (height, width), mode="bilinear")[0]
+    picture = (
+        0.3 * functional.interpolate(torch.rand(1, 3, 6, 6, generator=generator), (height, width), mode="bilinear")[0]
+    )
     boxes, masks = [], []
     y, x = torch.arange(height)[:, None], torch.arange(width)[None]
     for number in range(count):
         cy, cx = (torch.rand(2, generator=generator) * torch.tensor([height - 40, width - 40]) + 20).tolist()
         ry, rx = (torch.rand(2, generator=generator) * 22 + 10).tolist()
-        inside = ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 <= 1 if number % 2 else ((y - cy).abs() < ry) & ((x - cx).abs() < rx)
+        inside = (
+            ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 <= 1
+            if number % 2
+            else ((y - cy).abs() < ry) & ((x - cx).abs() < rx)
+        )
         picture[:, inside] = torch.rand(3, 1, generator=generator)
         rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
         boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
         masks.append(inside)
     labels = torch.randint(1, 91, (count,), generator=generator)
-    target = {"boxes": torch.tensor(boxes, dtype=torch.float64), "labels": labels, "masks": torch.stack(masks).to(torch.uint8)}
+    target = {
+        "boxes": torch.tensor(boxes, dtype=torch.float64),
+        "labels": labels,
+        "masks": torch.stack(masks).to(torch.uint8),
+    }
     return picture.double(), target
 
 

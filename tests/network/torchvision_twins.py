@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 import torchvision
+from torch import nn
+
 from dsg.model.network.checkpoint import load_checkpoint
 from dsg.model.network.import_torchvision import import_torchvision
-from torch import nn
 
 
 def torchvision_mask_rcnn(seed: int, short_side: int, long_side: int, **options) -> nn.Module:

@@ -1,0 +1,271 @@
+"""The network as a whole, small: what it does with odd input, and the wiring of the paper's parts."""
+
+import pytest
+import torch
+
+from dsg.model import build
+from dsg.model.network.losses import RoISamples, crop_masks, rows_with_mask
+from dsg.model.network.types import Targets
+
+SMALL = {"channels": 16, "box_head_width": 32, "proposals": 30, "rpn_candidates": 60, "proposals_train": 40,
+         "rpn_candidates_train": 60, "roi_samples": 16, "max_detections": 10}  # fmt: skip
+ALL_FIVE = {"mrpn": True, "fuse_mask": True, "sgra_box": True, "fuse_box": True, "sgra_mask": True}
+
+
+def small(name="dsg_lite0_fpn", **overrides):
+    torch.manual_seed(0)
+    return build(name, num_classes=3, **{**SMALL, **overrides})
+
+
+def confident(model):
+    """Random classifier weights large enough that detections pass a floor and differ."""
+    torch.nn.init.normal_(model.box_head.classifier.weight, std=1.0)
+    torch.nn.init.normal_(model.mask_head.predictor.weight, std=0.3)
+    torch.nn.init.normal_(model.rpn_head.objectness.weight, std=0.3)
+    if model.mpn is not None:
+        torch.nn.init.normal_(model.mpn.predictor.weight, std=0.3)
+    return model.eval()
+
+
+def target(height=64, width=96, **extra):
+    boxes = torch.tensor([[8.0, 8, 40, 40], [30, 20, 80, 60]])
+    masks = torch.zeros(2, height, width, dtype=torch.uint8)
+    masks[0, 8:40, 8:40] = 1
+    masks[1, 20:60, 30:80] = 1
+    return {"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks, **extra}
+
+
+def no_objects(height=64, width=96):
+    return {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "masks": torch.zeros(0, height, width, dtype=torch.uint8),
+    }
+
+
+def gradients_or_zeros(model):
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"mrpn": False, "fuse_mask": False, "sgra_box": False, "fuse_box": False}, ALL_FIVE]
+)
+def test_losses_are_finite_and_reach_every_parameter(overrides):
+    model = small(**overrides)
+    losses = model([torch.rand(3, 64, 96), torch.rand(3, 50, 70)], [target(), no_objects(50, 70)])
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert ("loss_proposal_mask" in losses) == overrides.get("mrpn", True)
+    sum(losses.values()).backward()
+    assert gradients_or_zeros(model) == []
+
+
+@pytest.mark.parametrize("case", ["no ground truth", "boxes only", "all proposals invalid", "one RoI"])
+def test_training_steps_with_little_to_learn_from(case):
+    model = small(**({"roi_samples": 1} if case == "one RoI" else {}))
+    truth = {
+        "no ground truth": no_objects(),
+        "boxes only": target(has_mask=torch.tensor([False, False])),
+        "all proposals invalid": no_objects(),
+        "one RoI": target(),
+    }[case]
+    if case == "all proposals invalid":
+        model.selector.min_size = 1e9
+    losses = model([torch.rand(3, 64, 96)], [truth])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert gradients_or_zeros(model) == []
+    if case in ("no ground truth", "boxes only"):
+        assert float(losses["loss_mask"].detach()) == float(losses["loss_proposal_mask"].detach()) == 0
+    if case == "boxes only":
+        assert float(losses["loss_box_reg"].detach()) > 0 and float(losses["loss_rpn_box_reg"].detach()) > 0
+
+
+def test_crowd_regions_take_negatives_out_of_both_samplers():
+    model = small()
+    seen = []
+    for part in (model.rpn_loss, model.roi_sampler):
+        inner = part.sampler
+        part.sampler = lambda role, inner=inner: seen.append(role.clone()) or inner(role)
+    everywhere = {**no_objects(), "ignore_boxes": torch.tensor([[-400.0, -400, 500, 500]])}
+    losses = model([torch.rand(3, 64, 96)], [everywhere])
+    assert all((role == -1).all() for role in seen) and len(seen) == 2
+    assert float(losses["loss_objectness"].detach()) == 0 and float(losses["loss_classifier"].detach()) == 0
+
+
+def test_pictures_and_targets_that_do_not_fit_are_named():
+    model = small()
+    picture = torch.rand(3, 64, 96)
+    with pytest.raises(ValueError, match="targets are needed"):
+        model([picture])
+    with pytest.raises(ValueError, match=r"picture 1 must be \[3, H, W\]"):
+        model([picture, torch.rand(1, 64, 96)], [target(), target()])
+    with pytest.raises(TypeError, match="picture 0 must be a float tensor"):
+        model([torch.zeros(3, 8, 8, dtype=torch.uint8)], [target()])
+    with pytest.raises(ValueError, match=r"target 0: labels must be in 1\.\.3"):
+        model([picture], [{**target(), "labels": torch.tensor([0, 3])}])
+    with pytest.raises(ValueError, match=r"target 0: masks must be \[2, 64, 96\]"):
+        model([picture], [{**target(), "masks": torch.zeros(2, 8, 8)}])
+    with pytest.raises(ValueError, match="target 0 lacks masks"):
+        model([picture], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}])
+
+
+def test_overrides_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="unknown preset 'dsg_r49_fpn'"):
+        build("dsg_r49_fpn")
+    with pytest.raises(ValueError, match="unknown override fuse_bax"):
+        build("dsg_lite0_fpn", fuse_bax=True)
+    with pytest.raises(ValueError, match="sgra_box need mrpn=True"):
+        build("mask_rcnn_lite0_fpn", sgra_box=True)
+    with pytest.raises(ValueError, match="fuse_kernel must be 3 or 1"):
+        build("dsg_lite0_fpn", fuse_kernel=5)
+
+
+@torch.no_grad()
+def test_no_proposals_gives_no_detections():
+    model = confident(small())
+    model.selector.min_size = 1e9
+    for found in model([torch.rand(3, 64, 96), torch.rand(3, 33, 40)]):
+        assert len(found) == 0 and found.mask_probs.shape == (0, 28, 28)
+
+
+@torch.no_grad()
+def test_levels_with_fewer_anchors_than_candidates_are_padded():
+    model = confident(small(rpn_candidates=100_000))
+    levels = model.backbone(torch.rand(1, 3, 64, 64))
+    anchors = model.anchors(levels, (64, 64), torch.float32)
+    proposals = model.selector(*model.rpn_head(levels), anchors, torch.tensor([[64, 64]]))
+    assert proposals.boxes.shape == (1, 30, 4)
+    assert proposals.valid.all() and (proposals.scores.diff() <= 0).all()
+
+
+@torch.no_grad()
+def test_a_picture_gives_the_same_alone_and_among_others_of_its_padded_size():
+    model = confident(small()).double()
+    pictures = [torch.rand(3, 64, 96, dtype=torch.float64), torch.rand(3, 50, 90, dtype=torch.float64)]
+    together = model(pictures)
+    for picture, among in zip(pictures, together, strict=True):
+        (alone,) = model([picture])
+        assert len(alone) == len(among) > 0
+        assert torch.equal(alone.labels, among.labels)
+        assert torch.allclose(alone.boxes, among.boxes, atol=1e-9)
+        assert torch.allclose(alone.mask_probs, among.mask_probs, atol=1e-9)
+        height, width = picture.shape[-2:]
+        assert (alone.boxes[:, 2] <= width).all() and (alone.boxes[:, 3] <= height).all()
+
+
+@torch.no_grad()
+def test_mask_features_follow_the_boxes_that_survive_nms():
+    """A mask head that shows F_- alone, and an F_- that holds its proposal's number: each must show its own."""
+    model = confident(small(fuse_activation=False))
+    numbers = torch.arange(30.0) / 30
+
+    def numbered(features):
+        return torch.zeros(30, 1, 28, 28), numbers[:, None, None, None].expand(-1, 16, 14, 14)
+
+    model.mpn.forward = numbered
+    model.fuse_mask.forward = lambda features, mask_features: mask_features
+    model.fuse_box.forward = lambda features, mask_features: features
+    model.mask_head.forward = lambda features: (features[:, :1].repeat(1, 4, 2, 2), features)
+    # offsets of zero: a detection's box is its proposal's
+    model.box_head.regressor.weight.zero_()
+    batch, sizes = torch.rand(1, 3, 64, 96), torch.tensor([[64, 96]])
+    found = model.infer(batch, sizes)
+    levels = model._pyramid(batch, sizes)
+    proposals = model.selector(*model.rpn_head(levels), model.anchors(levels, (64, 96), torch.float32), sizes)
+    shown = torch.logit(found.mask_probs[0, :, 0, 0])
+    used = set()
+    for row in found.valid[0].nonzero().flatten().tolist():
+        number = round(float(shown[row]) * 30)
+        assert torch.allclose(found.boxes[0, row], proposals.boxes[0, number], atol=1e-4)
+        used.add(number)
+    assert len(used) > 1
+
+
+@torch.no_grad()
+def test_guidance_goes_where_its_switch_says():
+    picture = torch.rand(3, 64, 96)
+    for switch, part in (("sgra_box", "box_features"), ("sgra_mask", "mask_features")):
+        for on in (True, False):
+            model = confident(small(**{**ALL_FIVE, switch: on}))
+            module, given = getattr(model, part), []
+            module.register_forward_pre_hook(
+                lambda _, args, given=given: given.append(args[2] if len(args) > 2 else None)
+            )
+            model([picture])
+            guided = [prob for prob in given if prob is not None]
+            assert bool(guided) == on
+            assert all(prob.shape[1:] == (28, 28) and prob.min() >= 0 and prob.max() <= 1 for prob in guided)
+
+
+def test_detached_guidance_keeps_the_box_loss_from_the_mask_proposal_network():
+    for detached in (False, True):
+        model = small(detach_guidance=detached, fuse_box=False, fuse_mask=False)
+        torch.nn.init.normal_(model.mpn.predictor.weight, std=0.3)
+        losses = model([torch.rand(3, 64, 96)], [target()])
+        losses["loss_classifier"].backward()
+        gradient = model.mpn.predictor.weight.grad
+        assert (gradient is None or not gradient.any()) == detached
+
+
+@torch.no_grad()
+def test_guidance_scale_of_zero_is_plain_roi_align():
+    picture = torch.rand(3, 64, 96)
+    guided = confident(small(fuse_box=False, fuse_mask=False))
+    plain = confident(small(fuse_box=False, fuse_mask=False, sgra_box=False))
+    plain.load_state_dict(guided.state_dict())
+    (with_masks,), (without,) = guided([picture]), plain([picture])
+    assert not torch.allclose(with_masks.scores, without.scores)
+    guided.guidance_scale.zero_()
+    (silenced,) = guided([picture])
+    assert torch.equal(silenced.boxes, without.boxes) and torch.equal(silenced.scores, without.scores)
+
+
+def test_mask_targets_by_hand():
+    mask = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    mask[0, :, 4:] = 1  # the right half
+    targets = Targets(
+        torch.tensor([[[4.0, 0, 8, 8]]]),
+        torch.tensor([[2]]),
+        torch.tensor([[True]]),
+        torch.tensor([[True]]),
+        torch.zeros(1, 0, 4),
+        [mask],
+    )
+    rois = torch.tensor([[0.0, 0, 0, 8, 8], [0, 4, 0, 8, 8], [0, 0, 0, 4, 8]])
+    samples = RoISamples(rois, torch.zeros(3, dtype=torch.int64), torch.tensor([2, 2, 0]))
+    rows = rows_with_mask(samples, targets)
+    assert rows.tolist() == [0, 1]
+    crops = crop_masks(targets, samples, rows, 4, aligned=True)
+    # cells of 2 x 2 pixels, sampled at pixel centres
+    assert crops[0, 0].tolist() == [0, 0, 1, 1]
+    assert (crops[1] == 1).all()
+    # without the half pixel, samples lie between pixels: the second cell's last column is half covered
+    assert crop_masks(targets, samples, rows, 4, aligned=False)[0, 0].tolist() == [0, 0.25, 1, 1]
+
+
+def test_half_precision_keeps_boxes_and_scores_in_float32():
+    model = confident(small())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = model([torch.rand(3, 64, 96)])
+    assert found.boxes.dtype == found.scores.dtype == found.mask_probs.dtype == torch.float32
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model([torch.rand(3, 64, 96)], [target()])
+    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
+
+
+def test_an_own_backbone():
+    class Strided(torch.nn.Module):
+        out_channels = (8, 8, 8, 8)
+
+        def __init__(self):
+            super().__init__()
+            self.stem = torch.nn.Conv2d(3, 8, 4, stride=4)
+
+        def forward(self, images):
+            finest = self.stem(images)
+            return [finest, *(torch.nn.functional.avg_pool2d(finest, 2**k) for k in (1, 2, 3))]
+
+    model = build("mask_rcnn_lite0_fpn", num_classes=3, backbone=Strided(), **SMALL)
+    sum(model([torch.rand(3, 64, 96)], [target()]).values()).backward()
+    assert gradients_or_zeros(model) == []

@@ -1,0 +1,182 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dsg.model import build, load
+from dsg.model.network.checkpoint import Category, CheckpointInfo, Resize, save_checkpoint
+from dsg.model.network.predictor import Predictor, resize, resized_size
+
+OVERRIDES = {"channels": 16, "box_head_width": 32, "proposals": 40}
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    torch.manual_seed(0)
+    model = build("dsg_lite0_fpn", 3, **OVERRIDES).eval()
+    for layer, std in (
+        (model.box_head.classifier, 1.0),
+        (model.mask_head.predictor, 0.3),
+        (model.rpn_head.objectness, 0.3),
+    ):
+        torch.nn.init.normal_(layer.weight, std=std)
+    info = CheckpointInfo(
+        "small",
+        "dsg_lite0_fpn",
+        OVERRIDES,
+        tuple(Category(i, f"class {i}") for i in (5, 6, 9)),
+        Resize(64, 128),
+        0.3,
+        max_detections=50,
+    )
+    return Predictor(model, info)
+
+
+def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
+    small = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def same(one, other):
+    return all(
+        torch.equal(getattr(one, part), getattr(other, part)) for part in ("boxes", "scores", "labels", "mask_probs")
+    )
+
+
+def test_every_form_of_a_picture_gives_the_same(predictor, tmp_path):
+    array = pixels(90, 120)
+    Image.fromarray(array).save(tmp_path / "picture.png")
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    forms = [
+        array,
+        Image.fromarray(array),
+        tensor,
+        tmp_path / "picture.png",
+        os.fspath(tmp_path / "picture.png"),
+    ]
+    results = predictor.predict(forms, score_threshold=0.0)
+    assert len(results) == 5 and len(results[0]) > 5
+    assert all(same(result, results[0]) and result.image_size == (90, 120) for result in results)
+    # at the network's own size there is no resize, and with it no rounding to 8 bits
+    unscaled = tensor[:, :64, :96]
+    as_bytes, as_floats = predictor.predict([unscaled, unscaled.float() / 255], score_threshold=0.0)
+    assert same(as_bytes, as_floats)
+
+
+def test_mixed_sizes_come_back_in_order_and_in_their_own_pixels(predictor):
+    sizes = [
+        (90, 120),
+        (200, 100),
+        (64, 64),
+        (91, 119),
+        (30, 300),
+        (200, 101),
+        (64, 65),
+        (63, 64),
+        (90, 120),
+        (65, 64),
+        (66, 64),
+    ]
+    pictures = [pixels(*size, seed=number) for number, size in enumerate(sizes)]
+    together = predictor.predict(pictures, score_threshold=0.0)
+    for picture, size, found in zip(pictures, sizes, together, strict=True):
+        assert found.image_size == size
+        assert (found.boxes[:, 2] <= size[1] + 1e-3).all() and (found.boxes[:, 3] <= size[0] + 1e-3).all()
+        (alone,) = predictor.predict([picture], score_threshold=0.0)
+        assert len(alone) == len(found)
+        assert torch.allclose(alone.boxes, found.boxes, atol=1e-2)
+
+
+def test_boxes_scale_back_to_the_original(predictor):
+    """A picture and the same picture, blown up: boxes are blown up too."""
+    small = pixels(64, 96)
+    large = np.repeat(np.repeat(small, 4, axis=0), 4, axis=1)
+    (one,), (four,) = predictor.predict([small], 0.0), predictor.predict([large], 0.0)
+    wide = max(float((one.boxes[:, 2]).max()), 1)
+    assert float(four.boxes[:, 2].max()) == pytest.approx(4 * wide, rel=0.1)
+
+
+def test_limits(predictor):
+    picture = pixels(64, 64)
+    everything = predictor.predict([picture], score_threshold=0.0)[0]
+    default = predictor.predict([picture])[0]
+    assert (default.scores >= 0.3).all() and len(default) == int((everything.scores >= 0.3).sum())
+    assert len(predictor.predict([picture], 0.0, max_detections=2)[0]) == 2
+    for arguments, message in [
+        ({"score_threshold": 1.5}, "score_threshold must be in 0..1"),
+        ({"max_detections": 51}, "max_detections must be in 1..50 for small"),
+        ({"max_detections": 0}, "max_detections must be in 1..50"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            predictor.predict([picture], **arguments)
+    assert predictor.predict([]) == []
+
+
+@pytest.mark.parametrize(
+    ("picture", "error", "message"),
+    [
+        (np.zeros((8, 8), np.uint8), ValueError, r"\[H, W, 3\]"),
+        (np.zeros((8, 8, 3), np.float32), TypeError, "uint8"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), TypeError, "uint8 or float"),
+        (torch.zeros(8, 8, 3), ValueError, r"\[3, H, W\]"),
+        (torch.full((3, 8, 8), 255.0), ValueError, "0..1"),
+        (torch.full((3, 8, 8), float("nan")), ValueError, "0..1"),
+        (17, TypeError, "got int"),
+        ("nowhere.jpg", FileNotFoundError, "no picture at nowhere.jpg"),
+    ],
+)
+def test_what_is_no_picture(predictor, picture, error, message):
+    with pytest.raises(error, match=message):
+        predictor.predict([picture])
+
+
+def test_a_file_that_is_no_picture(predictor, tmp_path):
+    (tmp_path / "text.jpg").write_text("hello")
+    with pytest.raises(ValueError, match="it is not a picture"):
+        predictor.predict([tmp_path / "text.jpg"])
+    Image.fromarray(pixels(64, 64)).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:400])
+    with pytest.raises(ValueError, match=r"cannot read .*half\.jpg"):
+        predictor.predict([tmp_path / "half.jpg"])
+
+
+def test_a_single_picture_outside_a_list_is_named(predictor):
+    with pytest.raises(TypeError, match=r"put it in \[ \]"):
+        predictor.predict("picture.jpg")
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(100, 200, (64, 128)), (100, 100, (64, 64)), (50, 400, (16, 128)), (10, 5000, (1, 128))],
+)
+def test_resized_size_by_hand(height, width, expected):
+    assert resized_size(height, width, Resize(64, 128)) == expected
+
+
+def test_resize_keeps_flat_colours_and_rounds_8_bit():
+    flat = torch.full((3, 90, 50), 77, dtype=torch.uint8)
+    assert (resize(flat, Resize(64, 128)) == 77).all() and resize(flat, Resize(64, 128)).dtype == torch.uint8
+    plain = resize(flat, Resize(64, 128, antialias=False))
+    assert plain.dtype == torch.float32 and torch.allclose(plain, torch.tensor(77 / 255))
+
+
+def test_load_by_path_and_by_name(predictor, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "small.safetensors", predictor.model, predictor.info)
+    by_path = load(tmp_path / "small.safetensors", device="cpu")
+    monkeypatch.setattr("dsg.model.network.predictor.WEIGHTS_DIR", tmp_path)
+    by_name = load("small", device="cpu")
+    picture = pixels(70, 80)
+    assert same(by_path.predict([picture], 0.0)[0], by_name.predict([picture], 0.0)[0])
+    with pytest.raises(FileNotFoundError, match="neither a file nor one of the names small"):
+        load("large")
+    with pytest.raises(ValueError, match="unknown device 'gpu'"):
+        load("small", device="gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_missing_gpu_is_named(predictor, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "small.safetensors", predictor.model, predictor.info)
+    with pytest.raises(ValueError, match="device cuda is not there"):
+        load(tmp_path / "small.safetensors", device="cuda")
