@@ -43,7 +43,7 @@ def saved(tmp_path):
 
 
 def test_what_is_saved_is_loaded(saved):
-    model, path, _ = saved
+    model, path, info = saved
     loaded, found = load_checkpoint(path)
     assert found == replace(info, overrides=json.loads(json.dumps(OVERRIDES)))
     assert replace(info, hash="", version="") == INFO and len(info.hash) == 64
@@ -89,7 +89,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch)
 
 
 def test_files_that_are_no_checkpoints(saved, tmp_path):
-    _, path, info = saved
+    _, path, _info = saved
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         read_info(tmp_path / "nowhere.safetensors")
     garbage = tmp_path / "garbage.safetensors"
