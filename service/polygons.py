@@ -4,8 +4,8 @@ Outlines run along the edges of pixels: corner (x, y) is the top left of the pix
 single pixel at (0, 0) is [0, 0, 1, 0, 1, 1, 0, 1]. Pixels that touch at a corner alone belong to separate
 polygons.
 
-COCO has no holes. A hole is joined to the polygon around it by a seam that runs there and back; under the
-even-odd rule, which COCO's own rasteriser follows, a seam covers nothing.
+COCO has no holes. A hole runs the other way round than the polygon that it lies in, and is joined to it by a seam
+that runs there and back: empty under the even-odd rule, which COCO's own rasteriser follows, and the non-zero one.
 
 How it works: a rectilinear outline is known by its corners. Sorted along rows, the corners pair up into the
 horizontal edges, first with second, third with fourth; sorted along columns, into the vertical ones. Walking
@@ -98,7 +98,12 @@ def outlines(bits: NDArray[np.bool_]) -> tuple[list[Loop], list[Loop]]:
             corner = along_column[other]
         # The first corner of a loop is its top left one: below and right of it is a pixel, or the hole.
         is_outer = bool(below_right[y[start], x[start]])
-        (outer if is_outer else holes).append(np.stack([x[loop], y[loop]], axis=1))
+        points = np.stack([x[loop], y[loop]], axis=1)
+        if is_outer:
+            outer.append(points)
+        else:
+            # The other way round, from the same corner.
+            holes.append(np.roll(points[::-1], 1, axis=0))
     return outer, holes
 
 

@@ -37,7 +37,8 @@ def serve(settings: Settings, load_predictor: LoadPredictor = load_predictor) ->
         ServiceError: the port is taken, or a model does not load.
     """
     _configure_log()
-    # A bomb is a client's fault, and answered; a warning on the console would help no one.
+    # What is wrong with a picture is told to its sender; warnings on the console would help no one.
+    warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     listener = _listen(settings.host, settings.port)
     try:
@@ -131,7 +132,7 @@ def _configure_log() -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *([] if pretty else [structlog.processors.format_exc_info]),
-            structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer(),
+            structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback) if pretty else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

@@ -18,7 +18,7 @@ from dsg.service.settings import Settings
 _log = structlog.get_logger("dsg.service")
 _Result = TypeVar("_Result")
 _WARM_UP_S = 600.0  # a first run may compile or pick kernels
-_CLOSE_S = 5.0  # what is left on the device at the end: at most the batch of requests that were given up
+_CLOSE_S = 2.0  # what is left on the device at the end: at most the batch of requests that were given up
 
 
 class Service:

@@ -1,0 +1,181 @@
+"""The server as a process of its own: signals, exit status, and errors in one line."""
+
+import json
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from service_fakes import encoded, picture
+
+from dsg.service import ServiceError, Settings, serve
+
+GOOD = encoded(picture((20, 10, 60, 40)))
+# A picture of 97 pixels width waits for a line on stdin, so that the test says when it is done.
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from service_fakes import FakePredictor
+from dsg.service import Settings, serve
+
+class Waiting(FakePredictor):
+    def detect(self, prepared):
+        if any(one.original_size[1] == 97 for one in prepared):
+            print("entered", flush=True)
+            sys.stdin.readline()
+        return super().detect(prepared)
+
+serve(Settings(port=0, model="fake"), lambda name, device: Waiting())
+print("returned", flush=True)
+"""
+
+
+class Process:
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", PROGRAM, str(Path(__file__).parent)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._log: queue.Queue[dict] = queue.Queue()
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        self.serving = self.await_event("serving")
+        self.url = self.serving["url"]
+
+    def _read_log(self) -> None:
+        for line in self.process.stderr:
+            self._log.put(json.loads(line))  # nothing but JSON on stderr where no one watches
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(60)
+        self._reader.join(60)
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            stream.close()
+
+    def await_event(self, name: str) -> dict:
+        while True:
+            event = self._log.get(timeout=60)
+            if event["event"] == name:
+                return event
+
+
+@pytest.fixture
+def process() -> Iterator[Process]:
+    running = Process()
+    yield running
+    running.close()
+
+
+def test_sigterm_finishes_what_is_in_flight_and_exits_0(process: Process) -> None:
+    assert process.serving["models"] == "fake" and process.serving["kernel"]
+    answers: queue.Queue[httpx.Response] = queue.Queue()
+    waiting = encoded(picture((20, 10, 60, 40), size=(97, 64)))
+
+    def ask() -> None:
+        answers.put(
+            httpx.post(f"{process.url}/segment", content=waiting, headers={"Content-Type": "image/png"}, timeout=60)
+        )
+
+    threading.Thread(target=ask, daemon=True).start()
+    assert process.process.stdout.readline() == "entered\n"
+    assert httpx.get(f"{process.url}/readyz").status_code == 200
+    process.process.send_signal(signal.SIGTERM)
+    assert process.await_event("draining")["signal"] == "SIGTERM"
+    response = httpx.get(f"{process.url}/readyz")
+    assert (response.status_code, response.json()["reason"]) == (503, "draining")
+    assert httpx.get(f"{process.url}/healthz").status_code == 200
+    refused = httpx.post(f"{process.url}/segment", content=GOOD, headers={"Content-Type": "image/png"})
+    assert refused.status_code == 503
+    process.process.stdin.write("go on\n")
+    process.process.stdin.flush()
+    answer = answers.get(timeout=60)
+    assert answer.status_code == 200
+    assert [one["bbox"] for one in answer.json()["annotations"]] == [[20, 10, 40, 30]]
+    assert process.process.stdout.readline() == "returned\n"
+    assert process.process.wait(60) == 0
+
+
+def test_sigint_ends_an_idle_server_with_0(process: Process) -> None:
+    response = httpx.post(f"{process.url}/segment", content=GOOD, headers={"Content-Type": "image/png"})
+    assert response.status_code == 200
+    event = process.await_event("request")
+    while event["path"] != "/segment":
+        event = process.await_event("request")
+    assert event["status"] == 200 and event["pictures"] == 1 and event["request_id"] == response.headers["x-request-id"]
+    process.process.send_signal(signal.SIGINT)
+    assert process.process.wait(60) == 0
+
+
+def test_a_second_signal_ends_it_at_once(process: Process) -> None:
+    waiting = encoded(picture(size=(97, 64)))
+
+    def ask() -> None:
+        with pytest.raises(httpx.HTTPError):
+            httpx.post(f"{process.url}/segment", content=waiting, headers={"Content-Type": "image/png"}, timeout=60)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    assert process.process.stdout.readline() == "entered\n"
+    process.process.send_signal(signal.SIGTERM)
+    process.await_event("draining")
+    process.process.send_signal(signal.SIGTERM)
+    process.process.wait(60)
+
+
+def test_a_taken_port_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ServiceError, match=f"cannot listen on 127.0.0.1:{port}: .*choose another port"):
+            serve(Settings(port=port), lambda name, device: pytest.fail("no model is loaded for a port that is taken"))
+
+
+def test_an_unknown_host_is_one_line() -> None:
+    with pytest.raises(ServiceError, match="cannot listen on no such host"):
+        serve(Settings(host="no such host", port=0))
+
+
+def test_a_model_that_does_not_load_is_one_line() -> None:
+    with pytest.raises(ServiceError, match="cannot load nothing_like_it: ") as caught:
+        serve(Settings(model="nothing_like_it", port=0))
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSG_PORT", "9000")
+    monkeypatch.setenv("DSG_MODEL", "one, two")
+    monkeypatch.setenv("DSG_MODEL_DIR", "")
+    settings = Settings(port=9001)
+    assert (settings.port, settings.models, settings.model_dir) == (9001, ["one", "two"], None)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"port": 70000},
+        {"max_pixels": 10**9},
+        {"max_queue": 4},
+        {"model": "a,,b"},
+        {"reload_key": "short"},
+    ],
+)
+def test_impossible_settings_are_refused(values: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(values)).replace("max_queue", "max_pictures")):
+        Settings(**values)
+
+
+def test_every_setting_says_its_default() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description and "default" in field.description, name
+        if isinstance(field.default, (int, str)):
+            assert str(field.default) in field.description, name
