@@ -147,7 +147,7 @@ ODD = [[1, 1, 5, 1, 5, 5, 9]]
         ({**BOX, "segmentation": {"counts": [600]}}, "annotation 1: RLE size is None"),
         (
             {**BOX, "segmentation": {"size": [30, 20], "counts": [600]}},
-            r"RLE size is \[30, 20\], .* \[20, 30\]",
+            r"RLE size .* \[20, 30\]",
         ),
         ({**BOX, "segmentation": {"size": [20, 30]}}, "annotation 1: RLE counts must be"),
         ({**BOX, "segmentation": {"size": [20, 30], "counts": [1.5]}}, "annotation 1: RLE counts must be"),
@@ -158,7 +158,7 @@ ODD = [[1, 1, 5, 1, 5, 5, 9]]
         ({**BOX, "segmentation": {"size": [20, 30], "counts": "\x01"}}, "RLE counts are cut off or hold"),
         (
             {**BOX, "segmentation": {"size": [20, 30], "counts": "ooooooooo0"}},
-            "a run longer than any picture",
+            "longer than any picture",
         ),
     ],
 )
@@ -188,10 +188,10 @@ IMAGE = {"id": 1, "file_name": "a.png", "height": 4, "width": 4}
         ({"categories": [{"id": 1}]}, "category at index 0 needs"),
         ({"categories": [{"id": True, "name": "a"}]}, "category at index 0 needs"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "category id 1 is used twice"),
-        ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}, "category name 'a' is used twice"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}, "name 'a' is used twice"),
         (
             {"annotations": [{"id": 1, "image_id": 1, "category_id": 7, **BOX}] * 2},
-            "annotation 1: its id is used",
+            "its id is used twice",
         ),
         ({"annotations": ["x"]}, "annotation at index 0"),
     ],

@@ -75,9 +75,7 @@ polygons = st.lists(polygon, min_size=1, max_size=3)
 @given(sizes, polygons)
 def test_polygons_equal_pycocotools(size, drawn):
     height, width = size
-    expected = pycocotools.mask.decode(
-        pycocotools.mask.merge(pycocotools.mask.frPyObjects(drawn, height, width))
-    )
+    expected = pycocotools.mask.decode(pycocotools.mask.merge(pycocotools.mask.frPyObjects(drawn, height, width)))
     np.testing.assert_array_equal(decode_mask(drawn, height, width), expected)
 
 

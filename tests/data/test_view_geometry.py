@@ -101,20 +101,18 @@ def test_the_sample_shows_just_the_window(view):
 def test_undone_by_doing_it_again(kind, view, seed):
     rng = np.random.default_rng(seed)
     size = view.source
-    window = (0, 0, *size)
     if kind == "turns":
-        once, back = View(size, size, window, quarter_turns=1), [View(size[::-1], size[::-1], (0, 0, *size[::-1]),
-            quarter_turns=3)]  # fmt: skip
+        once = View(size, size, (0, 0, *size), quarter_turns=1)
+        back = View(size[::-1], size[::-1], (0, 0, *size[::-1]), quarter_turns=3)
     else:
-        once = View(size, size, window, **{kind: True})
-        back = [once]
+        once = back = View(size, size, (0, 0, *size), **{kind: True})
     picture = noise(size)
     boxes = np.sort(rng.random((4, 2, 2)) * 9, axis=1).reshape(4, 4)
     mask = (rng.random(size) < 0.5).astype(np.uint8)
     moved = Image.fromarray(once.map_picture(picture).permute(1, 2, 0).numpy())
-    np.testing.assert_array_equal(back[0].map_picture(moved).permute(1, 2, 0).numpy(), np.array(picture))
-    np.testing.assert_allclose(back[0].map_boxes(once.map_boxes(boxes)), boxes, atol=1e-9)
-    np.testing.assert_array_equal(back[0].map_patch(once.map_patch(Patch(mask, 0, 0))).pixels, mask)
+    np.testing.assert_array_equal(back.map_picture(moved).permute(1, 2, 0).numpy(), np.array(picture))
+    np.testing.assert_allclose(back.map_boxes(once.map_boxes(boxes)), boxes, atol=1e-9)
+    np.testing.assert_array_equal(back.map_patch(once.map_patch(Patch(mask, 0, 0))).pixels, mask)
 
 
 def test_padding_is_right_and_below_in_the_mean_colour():
