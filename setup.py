@@ -2,11 +2,12 @@
 
 DSG_BUILD_OPS   off (default): no kernel, plain PyTorch runs. cpu: the CPU kernel. cuda: the CPU and the CUDA
                 kernel. auto: what this machine can build and use, and one line about each that it can't.
-DSG_CUDA_ARCHS  for instance "80,90": compute capabilities to compile for; "all": 7.5 to 12.0, with PTX for later
-                ones. Default: that of the GPUs in this machine, or all where there is none.
+DSG_CUDA_ARCHS  for instance "80,90": compute capabilities to compile for; "all": 7.5 to 12.0, with PTX for
+                later ones. Default: that of the GPUs in this machine, or all where there is none.
 CXX, CUDA_HOME  another compiler, another CUDA toolkit.
 
-The libraries use torch's stable ABI: built against one torch, they serve every torch from 2.11 on, with any Python.
+The libraries use torch's stable ABI: built against one torch, they serve every torch from 2.11 on, with any
+Python.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class BuildKernels(build_ext):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         record.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".so.partial")  # no half-written library is ever found by a running process
+        partial = target.with_suffix(".so.partial")  # a running process never finds half a library
         say(shlex.join(command))
         status = subprocess.run([*command, "-o", str(partial.absolute())], cwd=ROOT).returncode
         if status != 0:
@@ -89,7 +90,7 @@ class Wheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
-        return (python, abi, platform) if not self.distribution.has_ext_modules() else ("py3", "none", platform)
+        return ("py3", "none", platform) if self.distribution.has_ext_modules() else (python, abi, platform)
 
 
 def torch_flags(libraries: tuple[str, ...]) -> list[str]:
@@ -128,7 +129,15 @@ def cuda_command(ext: KernelExtension) -> list[str]:
     for arch in archs:
         codes += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     codes += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX, for later GPUs
-    flags = ["-O3", "-std=c++20", "-shared", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+    flags = [
+        "-O3",
+        "-std=c++20",
+        "-shared",
+        "--threads",
+        "0",
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden,-Wall",
+    ]
     defines = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DUSE_CUDA"]
     return [nvcc, *flags, *defines, *codes, *ext.sources, "-Xlinker", "--no-as-needed", *libraries]
 

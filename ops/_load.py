@@ -16,9 +16,9 @@ LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 
 @cache
 def loaded_kernels() -> tuple[str, ...]:
-    """Loads the libraries that are there on the first call; which devices have a kernel: of "cpu" and "cuda".
+    """Loads the libraries that are there on the first call; says which of "cpu" and "cuda" have a kernel.
 
-    A library that does not load costs a warning, not the process: the plain PyTorch implementation takes over.
+    A library that does not load costs a warning, not the process: plain PyTorch takes over.
     `DSG_OPS=reference` loads none, to compare or to rule the kernels out.
     """
     loaded = []

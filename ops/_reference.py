@@ -4,8 +4,9 @@ Legend: N images, C channels, Hf x Wf a feature level, R RoIs, H x W the output,
 S sampling points of a bin along one axis, k the RoIs of a chunk, ny and nx sampling rows and columns of a RoI
 (H * S and W * S), T all cells of all levels and images laid out as the rows of one table.
 
-With the RoI's corner (Y1, X1) and size (h, w) in feature pixels, sampling point (u, v) in (0, 1) x (0, 1) of
-the RoI reads the features at a = Y1 + u * h, b = X1 + v * w and the map at c = u * Hp - 0.5, d = v * Wp - 0.5:
+With the RoI's corner (Y1, X1) and size (h, w) in feature pixels, sampling point (u, v) in (0, 1) x (0, 1)
+of the RoI reads the features at (a, b) = (Y1 + u * h, X1 + v * w) and the map at
+(c, d) = (u * Hp - 0.5, v * Wp - 0.5):
 
     output bin = mean over its S * S points of  f(a, b) * (1 + p(c, d))
 
@@ -22,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Adaptive sampling puts ceil(bin size) points into a bin. A box of 1e30 pixels is finite too, and must not hang
-# the process: the cap is far above any bin of a real feature map.
+# Adaptive sampling puts ceil(bin size) points into a bin. A box of 1e30 pixels is finite too, and must not
+# hang the process: the cap is far above any bin of a real feature map.
 MAX_ADAPTIVE_SAMPLES = 2048
 # Elements of the largest temporary of a chunk (64 MiB in float32).
 CHUNK_ELEMENTS = 1 << 24
@@ -71,8 +72,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def level_area_thresholds(sampling: Sampling) -> list[float]:
     """Areas (square image pixels) from which on a RoI goes to level 1, 2, ... of the levels given.
 
-    floor(canonical_level + log2(sqrt(area) / canonical_scale + 1e-6)) >= level, solved for the area: comparing
-    needs no log2, so that CPU and GPU agree on a box that lies at the edge of two levels.
+    floor(canonical_level + log2(sqrt(area) / canonical_scale + 1e-6)) >= level, solved for the area:
+    comparing needs no log2, so that CPU and GPU agree on a box that lies at the edge of two levels.
     """
     first_level = math.floor(-math.log2(sampling.spatial_scales[0]) + 0.5)
     thresholds = []
@@ -110,7 +111,7 @@ def backward(
     need_prob: bool,
     deterministic: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    """Gradients like `features` and like `prob`; one that is not needed is an empty tensor (of no elements)."""
+    """Gradients like `features` and like `prob`; one that is not needed has no elements."""
     dtype = accumulation_dtype(features[0].dtype)
     channels = features[0].shape[1]
     table = _cell_table(features, dtype)  # [T, C]
@@ -156,14 +157,14 @@ def _place(features: Sequence[Tensor], rois: Tensor, sampling: Sampling) -> _Pla
     for threshold in level_area_thresholds(sampling):
         level += area >= threshold
 
-    def of_level(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    def of_level(values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=rois.device)[level]  # [R]
 
     height = of_level([feature.shape[2] for feature in features])
     width = of_level([feature.shape[3] for feature in features])
     cells = [feature.shape[0] * feature.shape[2] * feature.shape[3] for feature in features]
     offset = of_level([sum(cells[:index]) for index in range(len(cells))])
-    scale = of_level(list(sampling.spatial_scales), rois.dtype)
+    scale = of_level(sampling.spatial_scales, rois.dtype)
     shift = 0.5 if sampling.aligned else 0.0
     extents = (scale * (y2 - y1), scale * (x2 - x1))
     if not sampling.aligned:  # the old convention: no RoI is smaller than a feature pixel
@@ -184,8 +185,12 @@ def _chunks(
         step = max(1, CHUNK_ELEMENTS // max(1, out_height * out_width * fixed * fixed * channels))
         for begin in range(0, count, step):
             rows = slice(begin, min(begin + step, count))
-            y = _axis(placement.start[0][rows], placement.extent[0][rows], placement.height[rows], out_height, fixed)
-            x = _axis(placement.start[1][rows], placement.extent[1][rows], placement.width[rows], out_width, fixed)
+            y = _axis(
+                placement.start[0][rows], placement.extent[0][rows], placement.height[rows], out_height, fixed
+            )
+            x = _axis(
+                placement.start[1][rows], placement.extent[1][rows], placement.width[rows], out_width, fixed
+            )
             yield rows, y, x
         return
     numbers = [
@@ -194,14 +199,28 @@ def _chunks(
     ]
     for row in range(count):
         rows = slice(row, row + 1)
-        y = _axis(placement.start[0][rows], placement.extent[0][rows], placement.height[rows], out_height, numbers[0][row])
-        x = _axis(placement.start[1][rows], placement.extent[1][rows], placement.width[rows], out_width, numbers[1][row])
+        y = _axis(
+            placement.start[0][rows],
+            placement.extent[0][rows],
+            placement.height[rows],
+            out_height,
+            numbers[0][row],
+        )
+        x = _axis(
+            placement.start[1][rows],
+            placement.extent[1][rows],
+            placement.width[rows],
+            out_width,
+            numbers[1][row],
+        )
         yield rows, _drop_outside(y), _drop_outside(x)
 
 
 def _axis(start: Tensor, extent: Tensor, cells: Tensor, bins: int, samples: int) -> _Axis:
     """start, extent, cells [k]: corner and size of the RoIs (feature pixels) and of their level."""
-    position = (torch.arange(bins * samples, device=start.device, dtype=start.dtype) + 0.5) / max(bins * samples, 1)
+    position = (torch.arange(bins * samples, device=start.device, dtype=start.dtype) + 0.5) / max(
+        bins * samples, 1
+    )
     place = start[:, None] + position * extent[:, None]  # [k, n]
     inside = (place >= -1) & (place <= cells[:, None])
     last = (cells[:, None] - 1).clamp(min=0)
@@ -211,9 +230,9 @@ def _axis(start: Tensor, extent: Tensor, cells: Tensor, bins: int, samples: int)
 
 
 def _drop_outside(axis: _Axis) -> _Axis:
-    """Without the points outside the level (they add nothing): a huge RoI costs no more than the level's size.
+    """For one RoI (k = 1): without the points outside the level, which add nothing.
 
-    For one RoI (k = 1).
+    So a huge RoI costs no more than a level has cells.
     """
     keep = axis.inside[0]  # [n]
     counts = keep.view(len(axis.counts), axis.samples).sum(1).tolist() if axis.samples else axis.counts
@@ -246,7 +265,13 @@ def _sample_features(table: Tensor, placement: _Placement, rows: slice, y: _Axis
 
 
 def _scatter_to_table(
-    grad_table: Tensor, grad: Tensor, placement: _Placement, rows: slice, y: _Axis, x: _Axis, deterministic: bool
+    grad_table: Tensor,
+    grad: Tensor,
+    placement: _Placement,
+    rows: slice,
+    y: _Axis,
+    x: _Axis,
+    deterministic: bool,
 ) -> None:
     """Adds grad [k, ny, nx, C] to the cells of grad_table [T, C] that each point was read from."""
     counted = _counted(placement, rows, y, x)
@@ -261,7 +286,7 @@ def _scatter_to_table(
 
 
 def _prob_matrix(position: Tensor, cells: int) -> Tensor:
-    """Bilinear weights [n, cells] of points at `position` [n] in (0, 1) of a map of `cells` half-pixel cells."""
+    """Bilinear weights [n, cells] of points at `position` [n] in (0, 1) of a map of `cells` cells."""
     place = (position * cells - 0.5).clamp(0, max(cells - 1, 0))
     return (1 - (place[:, None] - torch.arange(cells, device=place.device)).abs()).clamp(min=0)
 

@@ -1,7 +1,7 @@
 """The ops of torch.ops.dsg: schemas, plain PyTorch kernels, fakes, autograd and autocast.
 
-The compiled libraries add kernels for the keys CPU and CUDA and nothing else; the rest is here once, so that it
-does not matter which of them is present. Gradients flow to the features and to the map, never to the RoIs.
+The compiled libraries add kernels for the keys CPU and CUDA and nothing else; the rest is here once, so that
+it does not matter which of them is present. Gradients flow to the features and to the map, not to the RoIs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _many(
     return Sampling((height, width), tuple(scales), ratio, aligned, size, level)
 
 
-# --- plain PyTorch kernels ---------------------------------------------------------------------------------------
+# --- plain PyTorch kernels ------------------------------------------------------------------------
 
 
 def _forward_one(features: Tensor, rois: Tensor, prob: Tensor | None, *sampling: Any) -> Tensor:
@@ -69,7 +69,7 @@ def _backward_many(
     return _reference.backward(grad_output, features, rois, prob, _many(*rest[:-3]), *rest[-3:])
 
 
-# --- fakes: shapes without numbers -------------------------------------------------------------------------------
+# --- fakes: shapes without numbers ----------------------------------------------------------------
 
 
 def _fake_forward_one(
@@ -106,7 +106,7 @@ def _fake_backward_one(
     return grads[0], grad_prob
 
 
-# --- autograd ----------------------------------------------------------------------------------------------------
+# --- autograd -------------------------------------------------------------------------------------
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -145,13 +145,13 @@ def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
     raise RuntimeError("SgRoIAlign has no second derivative: drop create_graph=True, or detach its gradient")
 
 
-# --- autocast ----------------------------------------------------------------------------------------------------
+# --- autocast -------------------------------------------------------------------------------------
 
 
 def _without_autocast(op: Any, device: str) -> Callable[..., Any]:
     """The op runs in the dtype of its features: they stay as they come, and RoIs are never cast down.
 
-    bfloat16 holds no pixel coordinate above 256 exactly, so the usual casting of all arguments would move boxes.
+    bfloat16 holds no pixel coordinate above 256 exactly: the usual casting of all arguments would move boxes.
     """
 
     def kernel(*args: Any) -> Any:

@@ -29,23 +29,23 @@ def sg_roi_align(
 ) -> Tensor:
     """Pools `features` inside each RoI: the mean over sampling points of f * (1 + p).
 
-    f is the feature map, read bilinearly at the point; p the RoI's own map, stretched over the RoI. Where p is 0
-    the feature counts once, where it is 1 twice. Differentiable in `features` and `prob`, not in `rois`, and once
-    only. Under autocast it runs in the dtype of `features`.
+    f is the feature map, read bilinearly at the point; p the RoI's own map, stretched over the RoI. Where p
+    is 0 the feature counts once, where it is 1 twice. Differentiable in `features` and `prob`, not in `rois`,
+    and once only. Under autocast it runs in the dtype of `features`.
 
     Args:
-        features: Tensor[N, C, Hf, Wf] of float32, float64, float16 or bfloat16, in any memory format. Anything
-            below float64 is summed in float32.
-        rois: Tensor[K, 5] of float32 or float64, whatever the features are: (batch index, x1, y1, x2, y2) in image
-            pixels. A RoI with a coordinate that is not finite, or with a batch index that is no integer in
-            0..N-1, gives zeros and no gradient.
+        features: Tensor[N, C, Hf, Wf] of float32, float64, float16 or bfloat16, in any memory format.
+            Anything below float64 is summed in float32.
+        rois: Tensor[K, 5] of float32 or float64, whatever the features are: (batch index, x1, y1, x2, y2) in
+            image pixels. A RoI with a coordinate that is not finite, or with a batch index that is no integer
+            in 0..N-1, gives zeros and no gradient.
         prob: Tensor[K, Hp, Wp] in [0, 1] of any of the dtypes above, or None for plain RoIAlign.
         output_size: H and W of the output; an int gives both.
         spatial_scale: feature pixels per image pixel, 1/4 for a level of stride 4.
-        sampling_ratio: sampling points of an output bin along each axis; 0 or less: ceil(bin size), from 0 points
-            for a RoI of no size up to 2048.
-        aligned: pixel centres lie at 0.5 (half-pixel shift). False is the old convention, where they lie at 0 and
-            no RoI is smaller than a feature pixel.
+        sampling_ratio: sampling points of an output bin along each axis; 0 or less: ceil(bin size), from 0
+            points for a RoI of no size up to 2048.
+        aligned: pixel centres lie at 0.5 (half-pixel shift). False is the old convention, where they lie at 0
+            and no RoI is smaller than a feature pixel.
 
     Returns:
         Tensor[K, C, H, W], contiguous, in the dtype of `features`.
@@ -74,9 +74,9 @@ def multiscale_sg_roi_align(
 ) -> Tensor:
     """`sg_roi_align` on a feature pyramid: each RoI is pooled from the level that fits its size.
 
-    The level is floor(canonical_level + log2(sqrt(area) / canonical_scale + 1e-6)), area in square image pixels,
-    kept within the levels given. The first level is the one of its scale, -log2(spatial_scales[0]), each further
-    one the next. One kernel launch on CUDA.
+    The level is floor(canonical_level + log2(sqrt(area) / canonical_scale + 1e-6)), area in square image
+    pixels, kept within the levels given. The first level is the one of its scale, -log2(spatial_scales[0]),
+    each further one the next. One kernel launch on CUDA.
 
     Args:
         features: a list of 1 to 8 Tensor[N, C, Hf, Wf], finest first, of one dtype and with the same N and C.
@@ -93,12 +93,12 @@ def multiscale_sg_roi_align(
         ValueError: a wrong shape or value, or tensors on several devices.
     """
     if isinstance(features, Tensor) or not isinstance(features, Sequence):
-        raise TypeError(f"features must be a list of tensors, finest level first, got {type(features).__name__}")
+        raise TypeError(f"features must be a list of tensors, finest first, got {type(features).__name__}")
     if not 1 <= len(features) <= MAX_LEVELS:
         raise ValueError(f"features must have 1 to {MAX_LEVELS} levels, got {len(features)}")
     if len(spatial_scales) != len(features):
         raise ValueError(
-            f"spatial_scales must have one entry per level: got {len(spatial_scales)} for {len(features)} levels"
+            f"spatial_scales must have one entry per level: {len(spatial_scales)} for {len(features)} levels"
         )
     if canonical_scale <= 0:
         raise ValueError(f"canonical_scale must be above 0, got {canonical_scale}")
@@ -170,7 +170,7 @@ class MultiScaleSgRoIAlign(nn.Module):
         self.canonical_level = canonical_level
 
     def forward(self, features: Sequence[Tensor], rois: Tensor, prob: Tensor | None = None) -> Tensor:
-        """features [N, C, Hf, Wf] per level, rois [K, 5] in image pixels, prob [K, Hp, Wp] or None -> [K, C, H, W]."""
+        """features [N, C, Hf, Wf] per level, rois [K, 5], prob [K, Hp, Wp] or None -> [K, C, H, W]."""
         return multiscale_sg_roi_align(
             features,
             rois,
@@ -207,8 +207,11 @@ def _check_sampling(
 
 def _check_tensors(features: Sequence[Tensor], rois: Tensor, prob: Tensor | None) -> None:
     first = features[0]
-    named = [(f"features[{index}]" if len(features) > 1 else "features", level) for index, level in enumerate(features)]
-    named += [("rois", rois)] + ([] if prob is None else [("prob", prob)])
+    many = len(features) > 1
+    named = [(f"features[{index}]" if many else "features", level) for index, level in enumerate(features)]
+    named.append(("rois", rois))
+    if prob is not None:
+        named.append(("prob", prob))
     for name, tensor in named:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -230,6 +233,8 @@ def _check_tensors(features: Sequence[Tensor], rois: Tensor, prob: Tensor | None
         raise ValueError(f"rois must be [K, 5] (batch index, x1, y1, x2, y2), got {list(rois.shape)}")
     for index, level in enumerate(features):
         if level.shape[:2] != first.shape[:2]:
-            raise ValueError(f"features[{index}] must be {list(first.shape[:2])} + [Hf, Wf], got {list(level.shape)}")
+            wanted = f"[{first.shape[0]}, {first.shape[1]}, Hf, Wf] as features[0]"
+            raise ValueError(f"features[{index}] must be {wanted}, got {list(level.shape)}")
     if prob is not None and (prob.shape[0] != rois.shape[0] or 0 in prob.shape[1:]):
-        raise ValueError(f"prob must be [K, Hp, Wp] with K = {rois.shape[0]} and no empty map, got {list(prob.shape)}")
+        wanted = f"[{rois.shape[0]}, Hp, Wp], a map for each RoI"
+        raise ValueError(f"prob must be {wanted}, got {list(prob.shape)}")

@@ -118,22 +118,26 @@ Call<acc_t> make_call(
   return call;
 }
 
-// Zeros like the features and like the map; of no elements where the gradient is not needed.
+// Gradients like the features and like the map, filled with zeros or not at all; of no elements where the gradient
+// is not needed.
 inline std::tuple<std::vector<Tensor>, Tensor> make_gradients(
-    const std::vector<Tensor>& features, const std::optional<Tensor>& prob, bool need_features, bool need_prob) {
-  const auto zeros_like = [](const Tensor& tensor, bool needed) {
+    const std::vector<Tensor>& features, const std::optional<Tensor>& prob, bool need_features, bool need_prob,
+    bool fill) {
+  const auto make = [fill](const Tensor& tensor, bool needed) {
     if (!needed) {
       return torch::stable::new_empty(tensor, {0});
     }
-    Tensor zeros = torch::stable::empty_like(tensor);
-    torch::stable::zero_(zeros);
-    return zeros;
+    Tensor gradient = torch::stable::empty_like(tensor);
+    if (fill) {
+      torch::stable::zero_(gradient);
+    }
+    return gradient;
   };
   std::vector<Tensor> grad_features;
   for (const Tensor& level : features) {
-    grad_features.push_back(zeros_like(level, need_features));
+    grad_features.push_back(make(level, need_features));
   }
-  return {grad_features, zeros_like(prob.value_or(features[0]), need_prob && prob.has_value())};
+  return {grad_features, make(prob.value_or(features[0]), need_prob && prob.has_value())};
 }
 
 // Calls `function` with a value of the C++ type that `type` names.

@@ -170,6 +170,29 @@ DSG_HOST_DEVICE bool feature_tap(const Axis<acc_t>& axis, int64_t point, Tap<acc
   return true;
 }
 
+// [begin, end): all points, and perhaps a few more, that are read from a cell in first .. last.
+template <typename acc_t>
+DSG_HOST_DEVICE void touching_points(
+    const Axis<acc_t>& axis, int64_t first, int64_t last, int64_t& begin, int64_t& end) {
+  const acc_t points = static_cast<acc_t>(axis.points);
+  acc_t low = acc_t(0), high = points;
+  if (axis.step != acc_t(0)) {
+    const acc_t a = (static_cast<acc_t>(first - 1) - axis.start) / axis.step;
+    const acc_t b = (static_cast<acc_t>(last + 1) - axis.start) / axis.step;
+    low = (a < b ? a : b) - acc_t(2);
+    high = (a < b ? b : a) + acc_t(2);
+  }
+  // Clamped as floats: a coordinate of 1e30 fits no integer.
+  begin = static_cast<int64_t>(low < acc_t(0) ? acc_t(0) : (low > points ? points : low));
+  end = static_cast<int64_t>(high < acc_t(0) ? acc_t(0) : (high > points ? points : high));
+}
+
+// How much of a point is read from `cell`.
+template <typename acc_t>
+DSG_HOST_DEVICE acc_t weight_of(const Tap<acc_t>& tap, int64_t cell) {
+  return (tap.low == cell ? acc_t(1) - tap.fraction : acc_t(0)) + (tap.high == cell ? tap.fraction : acc_t(0));
+}
+
 // The cells of the probability map around a point: clamped to the map, never outside it.
 template <typename acc_t>
 DSG_HOST_DEVICE Tap<acc_t> prob_tap(int64_t points, int64_t point, int64_t cells) {

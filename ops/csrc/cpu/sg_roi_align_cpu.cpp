@@ -271,7 +271,7 @@ std::tuple<std::vector<Tensor>, Tensor> backward(
     bool /*deterministic*/) {
   check_arguments(features, rois, prob, sampling);
   check_grad_output(grad_output, features[0], rois, sampling);
-  auto [grad_features, grad_prob] = make_gradients(features, prob, need_features, need_prob);
+  auto [grad_features, grad_prob] = make_gradients(features, prob, need_features, need_prob, true);
   if (grad_output.numel() > 0) {
     dispatch_floating(features[0].scalar_type(), [&](auto zero) {
       using scalar_t = decltype(zero);
