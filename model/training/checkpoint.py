@@ -21,7 +21,15 @@ from dsg.model.training.recipe_file import to_table
 
 _FORMAT = 1
 # What may change between the parts of a run: none of it decides what is learned.
-_FREE = ("name", "run", "validation", "batch.accumulate", "batch.workers", "predict.score_threshold")
+_FREE = (
+    "name",
+    "run",
+    "validation",
+    "batch.accumulate",
+    "batch.workers",
+    "batch.cache_images",
+    "predict.score_threshold",
+)
 _MISSING = "nothing"
 
 
@@ -101,20 +109,14 @@ def load_state(path: Path, state: TrainState, recipe: Recipe, data_digest: str) 
             far.
     """
     if not path.is_file():
-        raise TrainingError(
-            f"--resume: {path} does not exist; start without --resume, or give the run's own --out"
-        )
+        raise TrainingError(f"--resume: {path} does not exist; start without --resume, or give the run's own --out")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling and zip errors have no common type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrainingError(
-            f"--resume: {path} cannot be read ({reason}); start anew in another --out"
-        ) from None
+        raise TrainingError(f"--resume: {path} cannot be read ({reason}); start anew in another --out") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise TrainingError(
-            f"--resume: {path} is no resume file of this version; start anew in another --out"
-        )
+        raise TrainingError(f"--resume: {path} is no resume file of this version; start anew in another --out")
     _same_recipe(path, content["recipe"], to_table(recipe))
     if content["data_digest"] != data_digest:
         raise TrainingError(
@@ -139,9 +141,7 @@ def load_state(path: Path, state: TrainState, recipe: Recipe, data_digest: str) 
 
 def seed_step(seed: int, iteration: int, rank: int) -> None:
     """Starts PyTorch's random numbers, on all devices, for one optimiser step of one process."""
-    torch.manual_seed(
-        int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0] >> 1)
-    )
+    torch.manual_seed(int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def _same_recipe(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

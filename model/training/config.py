@@ -39,9 +39,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _positive("optimizer.lr", self.lr)
-        _not_negative(
-            "optimizer", self, "lr_for_batch", "weight_decay", "bias_lr_factor", "bias_weight_decay"
-        )
+        _not_negative("optimizer", self, "lr_for_batch", "weight_decay", "bias_lr_factor", "bias_weight_decay")
         _not_negative("optimizer", self, "norm_weight_decay", "backbone_lr_factor", "clip_norm")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum is {self.momentum}; it must lie in 0 to below 1")
@@ -72,8 +70,7 @@ class ScheduleConfig:
         _not_negative("schedule", self, "iterations", "epochs", "gamma", "warmup_iterations")
         if bool(self.iterations) == bool(self.epochs):
             raise ValueError(
-                f"schedule has iterations = {self.iterations} and epochs = {self.epochs}:"
-                " set one of them, the other 0"
+                f"schedule has iterations = {self.iterations} and epochs = {self.epochs}: set one of them, the other 0"
             )
         length = self.iterations or self.epochs
         if list(self.steps) != sorted(set(self.steps)) or any(not 0 < step < length for step in self.steps):
@@ -82,9 +79,7 @@ class ScheduleConfig:
             raise ValueError("schedule.steps has no meaning with decay = 'cosine': use steps = []")
         for name in ("warmup_factor", "final_factor"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"schedule.{name} is {getattr(self, name)}; it is a share of the rate, 0 to 1"
-                )
+                raise ValueError(f"schedule.{name} is {getattr(self, name)}; it is a share of the rate, 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -97,15 +92,15 @@ class BatchConfig:
     """Parts that a step is computed in, one after another, to save memory."""
     workers: int = 4
     """Processes per GPU that read and augment pictures; 0 does it in the training process."""
+    cache_images: bool = False
+    """Keep all training pictures decoded in memory: 3 bytes a pixel."""
 
     def __post_init__(self) -> None:
         _positive("batch.images", self.images)
         _positive("batch.accumulate", self.accumulate)
         _not_negative("batch", self, "workers")
         if self.images % self.accumulate:
-            raise ValueError(
-                f"batch.images = {self.images} is no multiple of batch.accumulate = {self.accumulate}"
-            )
+            raise ValueError(f"batch.images = {self.images} is no multiple of batch.accumulate = {self.accumulate}")
 
 
 @dataclass(frozen=True)
@@ -163,8 +158,7 @@ class PredictConfig:
         _positive("predict.max_detections", self.max_detections)
         if self.long_side < self.short_side:
             raise ValueError(
-                f"predict.long_side = {self.long_side} is below predict.short_side = {self.short_side}:"
-                " swap them"
+                f"predict.long_side = {self.long_side} is below predict.short_side = {self.short_side}: swap them"
             )
         for name in ("score_threshold", "eval_score_threshold"):
             if not 0 <= getattr(self, name) <= 1:
@@ -223,9 +217,7 @@ class Recipe:
                 f" predict.max_detections = {cap}: the network gives no more than that"
             )
         if "max_detections" in self.overrides:
-            raise ValueError(
-                "overrides.max_detections: set predict.max_detections, which the network follows"
-            )
+            raise ValueError("overrides.max_detections: set predict.max_detections, which the network follows")
         if not self.build_file:
             preset_config(self.model, **self.overrides)  # says which preset or override it does not know
 

@@ -1,7 +1,8 @@
 """Several processes, one GPU each, as torchrun starts them. One process alone needs no process group."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,9 @@ class Ranks:
         return self.rank == 0
 
 
-def start(device: str | None) -> tuple[Ranks, torch.device]:
-    """Joins torchrun's process group if there is one, and chooses this process's device.
+@contextmanager
+def processes(device: str | None) -> Iterator[tuple[Ranks, torch.device]]:
+    """While open, this process is part of torchrun's group, if there is one; gives its rank and its device.
 
     Args:
         device: "cpu", "cuda", "cuda:1"; None takes a GPU if there is one. Under torchrun "cuda" becomes the
@@ -47,25 +49,21 @@ def start(device: str | None) -> tuple[Ranks, torch.device]:
         if not torch.cuda.is_available():
             raise TrainingError(f"device {chosen} was asked for and PyTorch sees no GPU: use device cpu")
         if chosen.index is not None and ranks.world_size > 1:
-            raise TrainingError(
-                f"device {chosen} for {ranks.world_size} processes: say cuda, each takes its own GPU"
-            )
+            raise TrainingError(f"device {chosen} for {ranks.world_size} processes: say cuda, each takes its own GPU")
         if chosen.index is None:
             chosen = torch.device("cuda", ranks.local_rank)
         if chosen.index >= torch.cuda.device_count():
             raise TrainingError(
-                f"device {chosen} does not exist: {torch.cuda.device_count()} GPU(s) here;"
-                " start fewer processes"
+                f"device {chosen} does not exist: {torch.cuda.device_count()} GPU(s) here; start fewer processes"
             )
         torch.cuda.set_device(chosen)
-    if ranks.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return ranks, chosen
-
-
-def stop() -> None:
-    """Leaves the process group, if there is one."""
-    if dist.is_initialized():
+    if ranks.world_size == 1:
+        yield ranks, chosen
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield ranks, chosen
+    finally:
         dist.destroy_process_group()
 
 

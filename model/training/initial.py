@@ -18,7 +18,7 @@ def backbone_of(model: nn.Module) -> nn.Module | None:
     """The part of a network that ImageNet weights fit, without its pyramid; None where it has no
     `backbone`."""
     backbone = getattr(model, "backbone", None)
-    return getattr(backbone, "backbone", backbone)
+    return getattr(backbone, "body", backbone)
 
 
 def initialise(model: nn.Module, source: str) -> str:
@@ -47,9 +47,7 @@ def initialise(model: nn.Module, source: str) -> str:
         return _from_checkpoint(model, path)
     backbone = backbone_of(model)
     if backbone is None:
-        raise TrainingError(
-            f"--init {source}: the network has no part `backbone` that these weights could fill"
-        )
+        raise TrainingError(f"--init {source}: the network has no part `backbone` that these weights could fill")
     load_backbone_weights(backbone, path)
     return f"init: backbone from {path.name}; neck and heads start fresh"
 

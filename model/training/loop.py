@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +42,8 @@ class TrainLoop:
 
     Args:
         state: network, optimiser and counts, on `device`; changed in place.
-        batches: this process's batches from step `state.iteration` on, `recipe.batch.accumulate` a step,
-        without end. schedule: length and learning rates.
+        batches: this process's part of each step's images, from step `state.iteration` on, without end.
+        schedule: length and learning rates.
         recipe: everything else.
         hooks: validation and checkpoints.
         log: where numbers go.
@@ -120,15 +120,12 @@ class TrainLoop:
         set_learning_rate(state.optimizer, factor)
         seed_step(self.recipe.run.seed, state.iteration, self.ranks.rank)
         sums: dict[str, Tensor] = {}
-        for part in range(parts):
-            images, targets = self._next_batch()
+        for part, (images, targets) in enumerate(self._next_parts(parts)):
             # Earlier parts' gradients stay on this process; the last part's backward averages their sum over
             # all.
             is_local = part < parts - 1 and isinstance(self.network, DistributedDataParallel)
             with self.network.no_sync() if is_local else nullcontext():
-                with torch.autocast(
-                    self.device.type, self.precision, enabled=self.precision != torch.float32
-                ):
+                with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
                     losses = self.network(images, targets)
                 total = torch.stack([loss.float() for loss in losses.values()]).sum() / parts
                 state.scaler.scale(total).backward()
@@ -150,20 +147,23 @@ class TrainLoop:
         lr = max(group["lr"] for group in state.optimizer.param_groups)
         return {"loss": sum(values.values()), **values, "grad_norm": grad_norm, "lr": lr}, numbers[-1] > 0
 
-    def _next_batch(self) -> Batch:
-        """Images as float [3, h, w] in 0..1 and the targets' tensors, on the device; pictures travel as
-        bytes."""
+    def _next_parts(self, parts: int) -> Iterator[Batch]:
+        """The next step's images in `parts` equal lists: float [3, h, w] in 0..1, with their targets, on the
+        device.
+
+        Pictures travel as bytes.
+        """
         started = time.monotonic()
         images, targets = next(self.batches)
         self.window.waited_s += time.monotonic() - started
-        moved = [to_dtype(i.to(self.device, non_blocking=True), torch.float32, scale=True) for i in images]
-        return moved, [
-            {
-                k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v
-                for k, v in target.items()
-            }
-            for target in targets
-        ]
+        size = len(images) // parts
+        for first in range(0, len(images), size):
+            chosen = slice(first, first + size)
+            moved = [to_dtype(self._moved(image), torch.float32, scale=True) for image in images[chosen]]
+            yield moved, [{k: self._moved(v) for k, v in target.items()} for target in targets[chosen]]
+
+    def _moved(self, value: Any) -> Any:
+        return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
 
     def _validate(self) -> None:
         """Measures the shipped weights, and keeps them if they are the best so far."""
@@ -187,9 +187,7 @@ class TrainLoop:
         kept = "; the weights of `last` from before are kept: lower optimizer.lr"
         for name, value in losses.items():
             if not math.isfinite(value):
-                raise TrainingError(
-                    f"{where}{name} is {value}{kept}, set optimizer.clip_norm, or check the data"
-                )
+                raise TrainingError(f"{where}{name} is {value}{kept}, set optimizer.clip_norm, or check the data")
         if not math.isfinite(grad_norm) and not self.state.scaler.is_enabled():
             raise TrainingError(f"{where}the gradients' norm is {grad_norm}{kept} or use run.precision=fp32")
 

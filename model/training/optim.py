@@ -52,8 +52,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, batch_images: int
     if not groups:
         raise ValueError("the network has no parameter that trains: check what it freezes")
     parameters = [
-        {"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay}
-        for (lr, decay), members in groups.items()
+        {"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()
     ]
     if config.kind == "sgd":
         return torch.optim.SGD(parameters, lr=rate, momentum=config.momentum)
@@ -80,13 +79,13 @@ class Schedule:
     """Share of the rate at step 0."""
 
     @classmethod
-    def of(cls, config: ScheduleConfig, images: int, batch_images: int) -> "Schedule":
-        """The schedule in steps: epochs become ``ceil(images / batch_images)`` steps each."""
-        unit = math.ceil(images / batch_images) if config.epochs else 1
+    def of(cls, config: ScheduleConfig, epoch_iterations: int) -> "Schedule":
+        """The schedule in steps, `epoch_iterations` of them an epoch where the recipe counts in epochs."""
+        unit = epoch_iterations if config.epochs else 1
         length = config.epochs or config.iterations
         return cls(
-            iterations=max(1, round(length * unit)),
-            milestones=tuple(round(step * unit) for step in config.steps),
+            iterations=length * unit,
+            milestones=tuple(step * unit for step in config.steps),
             gamma=config.gamma,
             cosine=config.decay == "cosine",
             final_factor=config.final_factor,

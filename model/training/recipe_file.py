@@ -105,13 +105,9 @@ def _find(name: str, beside: Path | None = None) -> Path:
     if beside is not None and not path.is_absolute():
         path = beside / path
     if path.suffix not in (".toml", ".py"):
-        raise ValueError(
-            f"no recipe {name!r}:{_near(name, recipes())} recipes are {', '.join(recipes())}, or a file"
-        )
+        raise ValueError(f"no recipe {name!r}:{_near(name, recipes())} recipes are {', '.join(recipes())}, or a file")
     if not path.is_file():
-        raise ValueError(
-            f"no recipe file {path}: give a TOML or Python file, or one of {', '.join(recipes())}"
-        )
+        raise ValueError(f"no recipe file {path}: give a TOML or Python file, or one of {', '.join(recipes())}")
     return path
 
 
@@ -124,9 +120,7 @@ def _recipe_of_python(path: Path) -> str:
     if not any(isinstance(node, ast.FunctionDef) and node.name == "build" for node in tree.body):
         raise ValueError(f"config {path}: defines no function build(num_classes)")
     for node in tree.body:
-        if isinstance(node, ast.Assign) and any(
-            isinstance(t, ast.Name) and t.id == "recipe" for t in node.targets
-        ):
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "recipe" for t in node.targets):
             if not (isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)):
                 raise ValueError(f"config {path}: recipe must be a text, the name or file of a TOML recipe")
             return node.value.value
@@ -172,15 +166,11 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if isinstance(value, Mapping):
             return from_table(typing.cast(type, kind), value, f"{where}.")
-        raise ValueError(
-            f"{where} is {value!r}; it is a section: set its keys, such as {keys(kind, where + '.')[0]}"
-        )
+        raise ValueError(f"{where} is {value!r}; it is a section: set its keys, such as {keys(kind, where + '.')[0]}")
     if origin is Literal:
         if value in arguments:
             return value
-        raise ValueError(
-            f"{where} is {value!r};{_near(value, arguments)} choose {' or '.join(map(str, arguments))}"
-        )
+        raise ValueError(f"{where} is {value!r};{_near(value, arguments)} choose {' or '.join(map(str, arguments))}")
     if origin in (typing.Union, types.UnionType):
         for choice in arguments:
             if choice is not type(None):
@@ -192,9 +182,7 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         kinds = [arguments[0]] * len(value) if arguments[-1] is ... else list(arguments)
         if len(kinds) == len(value):
-            return tuple(
-                _typed(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
-            )
+            return tuple(_typed(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     elif origin is dict and isinstance(value, Mapping):
         return dict(value)
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):

@@ -2,9 +2,12 @@
 network."""
 
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from torch import nn
 
 from dsg.model.network.detections import Detections
@@ -89,3 +92,54 @@ def tiny_recipe():
         return dataclasses.replace(recipe, **changes)
 
     return make
+
+
+def draw_shapes(folder, pictures: int, size: int = 128, seed: int = 0, licences=()):
+    """A COCO file with discs (category id 7) and bars (category id 3) in plain colours on noise; returns its
+    path."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    document = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 7, "name": "disc"}, {"id": 3, "name": "bar"}],
+        "licenses": [{"id": n, "name": name} for n, name in enumerate(licences, start=1)],
+    }
+    for number in range(1, pictures + 1):
+        image = Image.fromarray(rng.integers(0, 60, (size, size, 3), dtype=np.uint8))
+        draw = ImageDraw.Draw(image)
+        for place, (category, colour) in enumerate([(7, (230, 40, 40)), (3, (40, 80, 240))]):
+            x = int(rng.integers(4, size // 4)) + place * size // 2
+            y = int(rng.integers(4, size // 3))
+            w, h = (size // 3, size // 3) if category == 7 else (size // 4, size // 2)
+            if category == 7:
+                draw.ellipse((x, y, x + w, y + h), fill=colour)
+                angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+                points = np.stack([x + w / 2 + w / 2 * np.cos(angles), y + h / 2 + h / 2 * np.sin(angles)], 1)
+            else:
+                draw.rectangle((x, y, x + w, y + h), fill=colour)
+                points = np.array([[x, y], [x + w, y], [x + w, y + h], [x, y + h]])
+            document["annotations"].append(
+                {
+                    "id": len(document["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": category,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                    "segmentation": [points.ravel().tolist()],
+                }
+            )
+        image.save(folder / "images" / f"{number}.png")
+        entry = {"id": number, "file_name": f"{number}.png", "width": size, "height": size}
+        if licences:
+            entry["license"] = 1 + number % len(licences)
+        document["images"].append(entry)
+    path = folder / "annotations.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.fixture
+def shapes():
+    return draw_shapes

@@ -17,9 +17,7 @@ from dsg.model.training.optim import build_optimizer
 def state(tiny_detector, tiny_recipe):
     model = tiny_detector()
     optimizer = build_optimizer(model, tiny_recipe().optimizer, 4)
-    return TrainState(
-        model=model, optimizer=optimizer, scaler=torch.amp.GradScaler(enabled=False), iteration=3
-    )
+    return TrainState(model=model, optimizer=optimizer, scaler=torch.amp.GradScaler(enabled=False), iteration=3)
 
 
 def test_round_trip(state, tiny_recipe, tiny_detector, tmp_path):

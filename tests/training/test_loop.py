@@ -39,12 +39,11 @@ class Run:
         self.state = fresh_state(model_class, recipe)
         if resume:
             load_state(folder / "last", self.state, recipe, "digest")
-        start = self.state.iteration * recipe.batch.accumulate
-        self.stream = batches(start, recipe.batch.images // recipe.batch.accumulate)
+        self.stream = batches(self.state.iteration, recipe.batch.images)
         self.on_batch = on_batch
 
     def go(self):
-        schedule = Schedule.of(self.recipe.schedule, images=100, batch_images=self.recipe.batch.images)
+        schedule = Schedule.of(self.recipe.schedule, epoch_iterations=25)
         hooks = Hooks(validate=self.validate, save_best=self.save_best, save_last=self.save_last)
         console = Console(quiet=True)
         with TrainingLog(self.folder, self.state.iteration, schedule.iterations, console=console) as log:
@@ -101,11 +100,9 @@ def test_resume_goes_on_bit_for_bit(kind, accumulate, tmp_path, tiny_detector, b
     straight = Run(tmp_path / "straight", recipe, tiny_detector, batches)
     assert straight.go() == "finished"
 
-    signals = iter([signal.SIGTERM])
-
     def stop_at_three(run, batch):
-        if run.state.iteration == 2 and (number := next(signals, None)):
-            signal.raise_signal(number)  # in the middle of the third step
+        if run.state.iteration == 2:
+            signal.raise_signal(signal.SIGTERM)  # in the middle of the third step
 
     first = Run(tmp_path / "parts", recipe, tiny_detector, batches, on_batch=stop_at_three)
     assert (first.go() == "stopped by SIGTERM") and first.state.iteration == 3
@@ -129,16 +126,8 @@ def test_accumulated_parts_equal_one_large_step(tmp_path, tiny_detector, batches
             super().__init__(noise=0.0)
             self.backbone[1].eval().train = lambda mode=True: None  # statistics of half a batch would differ
 
-    class Halved:
-        """A loader that hands each batch out in two parts."""
-
-        def __call__(self, start, images):
-            for pictures, targets in batches(start // 2, 4):
-                yield pictures[:2], targets[:2]
-                yield pictures[2:], targets[2:]
-
     whole = Run(tmp_path / "1", tiny_recipe(), Quiet, batches)
-    parts = Run(tmp_path / "2", tiny_recipe(batch=BatchConfig(images=4, accumulate=2)), Quiet, Halved())
+    parts = Run(tmp_path / "2", tiny_recipe(batch=BatchConfig(images=4, accumulate=2)), Quiet, batches)
     whole.go(), parts.go()
     for name, tensor in everything(whole.state).items():
         torch.testing.assert_close(everything(parts.state)[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
@@ -151,18 +140,14 @@ def test_non_finite_loss_stops_and_keeps_last(tmp_path, tiny_detector, batches, 
 
     recipe = tiny_recipe(run=RunConfig(save_every=3))
     run = Run(tmp_path, recipe, tiny_detector, batches, on_batch=poison)
-    with pytest.raises(
-        TrainingError, match=r"^iteration 4: loss_a is nan; .*`last`.* lower optimizer.lr"
-    ) as caught:
+    with pytest.raises(TrainingError, match=r"^iteration 4: loss_a is nan; .*`last`.* lower optimizer.lr") as caught:
         run.go()
     assert "\n" not in str(caught.value)
     kept = fresh_state(tiny_detector, recipe)
     load_state(tmp_path / "last", kept, recipe, "digest")
     assert kept.iteration == 3
     assert all(tensor.isfinite().all() for tensor in kept.model.state_dict().values())
-    assert all(
-        tensor.isfinite().all() for tensor in run.state.model.state_dict().values()
-    )  # no step was made
+    assert all(tensor.isfinite().all() for tensor in run.state.model.state_dict().values())  # no step was made
 
 
 def test_non_finite_gradient_stops(tmp_path, tiny_detector, batches, tiny_recipe):
@@ -182,9 +167,7 @@ def test_out_of_memory_says_what_to_lower(tmp_path, tiny_detector, batches, tiny
 
     monkeypatch.setattr(tiny_detector, "forward", forward)
     recipe = tiny_recipe(batch=BatchConfig(images=4, accumulate=2))
-    message = (
-        r"^iteration 0: out of GPU memory with 2 images at once: raise batch.accumulate \(now 2\), or lower"
-    )
+    message = r"^iteration 0: out of GPU memory with 2 images at once: raise batch.accumulate \(now 2\), or lower"
     with pytest.raises(TrainingError, match=message) as caught:
         Run(tmp_path, recipe, tiny_detector, batches).go()
     assert "batch.images (now 4)" in str(caught.value) and "\n" not in str(caught.value)
@@ -235,9 +218,7 @@ def test_time_budget_stops_after_a_step_and_the_schedule_stays(tmp_path, tiny_de
     assert torch.equal(rest.state.model.head.weight, straight.state.model.head.weight)
 
 
-def test_second_signal_interrupts_at_once_and_handlers_come_back(
-    tmp_path, tiny_detector, batches, tiny_recipe
-):
+def test_second_signal_interrupts_at_once_and_handlers_come_back(tmp_path, tiny_detector, batches, tiny_recipe):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
     def twice(run, batch):
@@ -250,9 +231,7 @@ def test_second_signal_interrupts_at_once_and_handlers_come_back(
 
 
 def test_metrics_file(tmp_path, tiny_detector, batches, tiny_recipe):
-    run = Run(
-        tmp_path, tiny_recipe(validation=ValidationConfig(every=3)), tiny_detector, batches, aps=[0.25, 0.5]
-    )
+    run = Run(tmp_path, tiny_recipe(validation=ValidationConfig(every=3)), tiny_detector, batches, aps=[0.25, 0.5])
     run.go()
     lines = run.metrics()
     assert [(line["kind"], line["iteration"]) for line in lines] == [
@@ -341,7 +320,7 @@ def test_on_a_gpu(precision, tmp_path, tiny_detector, batches, tiny_recipe):
         optimizer=build_optimizer(model, recipe.optimizer, 4),
         scaler=torch.amp.GradScaler(enabled=precision == "fp16"),
     )
-    schedule = Schedule.of(recipe.schedule, 100, 4)
+    schedule = Schedule.of(recipe.schedule, 25)
     hooks = Hooks(lambda model: {"AP": 0.0}, lambda model, metrics: None, lambda: None)
     before = nn.utils.parameters_to_vector(model.parameters()).clone()
     with TrainingLog(tmp_path, 0, 6) as log:

@@ -47,9 +47,7 @@ def test_adamw_backbone_rate_frozen_parameters_and_batch_scaling(tiny_detector):
     assert found["backbone.0.weight"] == (pytest.approx(5e-5), 0.05)
     assert found["head.weight"] == (pytest.approx(5e-4), 0.05)
     assert found["head.bias"] == (pytest.approx(5e-4), 0.0)
-    assert (
-        build_optimizer(model, OptimizerConfig(), 8).param_groups[0]["lr"] == 0.02
-    )  # not scaled unless asked
+    assert build_optimizer(model, OptimizerConfig(), 8).param_groups[0]["lr"] == 0.02  # not scaled unless asked
 
 
 def test_a_network_that_is_all_frozen_is_refused(tiny_detector):
@@ -58,9 +56,7 @@ def test_a_network_that_is_all_frozen_is_refused(tiny_detector):
 
 
 def test_warmup_and_steps_of_1x():
-    schedule = Schedule.of(
-        ScheduleConfig(iterations=90_000, steps=(60_000, 80_000)), images=118_000, batch_images=16
-    )
+    schedule = Schedule.of(ScheduleConfig(iterations=90_000, steps=(60_000, 80_000)), epoch_iterations=7_329)
     expected = {
         0: 1 / 3,
         250: 2 / 3,
@@ -77,17 +73,15 @@ def test_warmup_and_steps_of_1x():
 
 
 def test_epochs_become_iterations():
-    # 117,266 pictures by 16 are 7,329.1 steps: 7,330 with the last, short one
-    schedule = Schedule.of(ScheduleConfig(epochs=20, steps=(16, 19)), images=117_266, batch_images=16)
-    assert schedule.iterations == 20 * 7_330
-    assert schedule.milestones == (16 * 7_330, 19 * 7_330)
+    # COCO's 117,266 pictures with objects, by 16
+    schedule = Schedule.of(ScheduleConfig(epochs=20, steps=(16, 19)), epoch_iterations=7_329)
+    assert schedule.iterations == 146_580
+    assert schedule.milestones == (117_264, 139_251)
 
 
 def test_cosine():
-    config = ScheduleConfig(
-        iterations=100, decay="cosine", final_factor=0.1, warmup_iterations=10, warmup_factor=0.0
-    )
-    schedule = Schedule.of(config, images=1, batch_images=1)
+    config = ScheduleConfig(iterations=100, decay="cosine", final_factor=0.1, warmup_iterations=10, warmup_factor=0.0)
+    schedule = Schedule.of(config, epoch_iterations=1)
     assert schedule.factor(0) == 0.0
     assert schedule.factor(5) == pytest.approx(0.5 * (0.1 + 0.9 * 0.5 * (1 + math.cos(0.05 * math.pi))))
     assert schedule.factor(50) == pytest.approx(0.55)

@@ -110,9 +110,7 @@ def test_own_toml_file(tmp_path):
     recipe = load_recipe(file)
     assert (recipe.name, recipe.schedule.epochs, recipe.batch) == ("mine", 3, BatchConfig())
     file.write_text("[batch]\nimage = 4\n")
-    with pytest.raises(
-        ValueError, match=r"recipe mine.toml: unknown key batch.image: did you mean batch.images"
-    ):
+    with pytest.raises(ValueError, match=r"recipe mine.toml: unknown key batch.image: did you mean batch.images"):
         load_recipe(file)
     file.write_text("model = \n")
     with pytest.raises(ValueError, match=r"mine.toml: not readable as TOML"):
