@@ -12,8 +12,7 @@ from starlette.requests import ClientDisconnect
 from dsg.service.problems import CLIENT_GONE, Problem
 
 RAW_TYPES = frozenset(
-    f"image/{name}"
-    for name in ("jpeg", "jpg", "pjpeg", "png", "webp", "bmp", "x-bmp", "x-ms-bmp", "tiff", "x-tiff")
+    f"image/{name}" for name in ("jpeg", "jpg", "pjpeg", "png", "webp", "bmp", "x-bmp", "x-ms-bmp", "tiff", "x-tiff")
 )
 """Content types of a raw body; which of them it is, its bytes say."""
 _FIELD = "image"
@@ -71,15 +70,11 @@ def picture_type(request: Request) -> str:
     """Content type of a request with pictures, without parameters. Raises the 415 problem for any other."""
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding != "identity":
-        raise Problem(
-            415, "unsupported_encoding", f"Content-Encoding {encoding} is not taken; send the file as it is"
-        )
+        raise Problem(415, "unsupported_encoding", f"Content-Encoding {encoding} is not taken; send the file as it is")
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if content_type != "multipart/form-data" and content_type not in RAW_TYPES:
         detail = f"a body of type {content_type or '(none)'} is not taken; send parts named '{_FIELD}' as"
-        raise Problem(
-            415, "unsupported_type", f"{detail} multipart/form-data, or a file with its image/... type"
-        )
+        raise Problem(415, "unsupported_type", f"{detail} multipart/form-data, or a file with its image/... type")
     return content_type
 
 
@@ -112,9 +107,7 @@ def split_body(content_type_header: str, body: bytes, max_pictures: int) -> list
 
 
 def _broken_multipart() -> Problem:
-    return Problem(
-        400, "broken_multipart", "the multipart body is broken or cut short, or its boundary is missing"
-    )
+    return Problem(400, "broken_multipart", "the multipart body is broken or cut short, or its boundary is missing")
 
 
 class _Parts:

@@ -73,9 +73,7 @@ def decode_picture(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     except Exception:
         # Pillow's readers raise whatever their parsing trips over: OSError, SyntaxError, struct.error,
         # KeyError ... The file is the cause of all of them.
-        raise Problem(
-            400, "broken_picture", "the picture is broken or cut short; send the whole file"
-        ) from None
+        raise Problem(400, "broken_picture", "the picture is broken or cut short; send the whole file") from None
     return pixels
 
 

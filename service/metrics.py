@@ -32,9 +32,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self.accepted = Gauge(
-            "dsg_accepted_pictures", "Pictures accepted and not answered yet", registry=self.registry
-        )
+        self.accepted = Gauge("dsg_accepted_pictures", "Pictures accepted and not answered yet", registry=self.registry)
         self.queued = Gauge("dsg_queued_pictures", "Pictures waiting for the device", registry=self.registry)
         self.batch_size = Histogram(
             "dsg_batch_size", "Pictures run together", buckets=_BATCH_SIZES, registry=self.registry

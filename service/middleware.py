@@ -4,6 +4,7 @@ Plain ASGI. Starlette's BaseHTTPMiddleware puts a stream between server and appl
 application no longer sees that its client has hung up.
 """
 
+import asyncio
 import re
 import time
 import uuid
@@ -12,7 +13,7 @@ from typing import Any
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsg.service.problems import internal_error, problem_response
+from dsg.service.problems import internal_error, problem_response, stopping
 from dsg.service.state import Service
 
 _log = structlog.get_logger("dsg.service")
@@ -62,13 +63,16 @@ class RequestMiddleware:
             log["reason"] = problem.reason
             if status == 0:
                 await problem_response(problem)(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            # Only a server that has run out of patience at its end cancels a request; its client is still told.
+            log["reason"] = "draining"
+            if status == 0:
+                await problem_response(stopping())(scope, receive, send_with_id)
         finally:
             self._service.active -= 1
             self._record(scope, request_id, status, time.monotonic() - started, log)
 
-    def _record(
-        self, scope: Scope, request_id: str, status: int, seconds: float, log: dict[str, Any]
-    ) -> None:
+    def _record(self, scope: Scope, request_id: str, status: int, seconds: float, log: dict[str, Any]) -> None:
         metrics = self._service.metrics
         # The route's own path, not the client's: each path that someone makes up must not become a time
         # series.

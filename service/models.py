@@ -54,9 +54,7 @@ class Models:
         metrics: told which models are served.
     """
 
-    def __init__(
-        self, load: LoadPredictor, device: str | None, model_dir: Path | None, metrics: Metrics
-    ) -> None:
+    def __init__(self, load: LoadPredictor, device: str | None, model_dir: Path | None, metrics: Metrics) -> None:
         self._load = load
         self._device = device
         self._model_dir = model_dir
@@ -99,9 +97,7 @@ class Models:
             Problem: 422 for anything but the name of a file in `model_dir`.
         """
         if self._model_dir is None:
-            raise Problem(
-                422, "no_model_dir", "this server has no model folder; set DSG_MODEL_DIR and restart it"
-            )
+            raise Problem(422, "no_model_dir", "this server has no model folder; set DSG_MODEL_DIR and restart it")
         if not _NAME.fullmatch(name) or self._in_model_dir(name) is None:
             detail = f"{name[:100]!r} is not the name of a model in the model folder"
             raise Problem(422, "unknown_model", detail)

@@ -15,7 +15,7 @@ from dsg.service.body import Upload
 from dsg.service.decode import decode_picture
 from dsg.service.encode import Answered, coco_document, to_json
 from dsg.service.overlay import draw_instances, to_png
-from dsg.service.problems import CLIENT_GONE, Problem
+from dsg.service.problems import CLIENT_GONE, Problem, stopping
 from dsg.service.query import PNG, Wanted
 from dsg.service.state import Service
 
@@ -55,11 +55,10 @@ async def answer(service: Service, job: Job, log: dict[str, Any]) -> Response:
         except DeadlinePassed:
             raise deadline_passed() from None
         except DeviceStopped:
-            raise Problem(503, "draining", "this server stopped before it came to this request") from None
+            raise stopping() from None
         inferred = time.monotonic()
         answered = [
-            Answered(upload.name, outcome.detections)
-            for upload, outcome in zip(job.uploads, outcomes, strict=True)
+            Answered(upload.name, outcome.detections) for upload, outcome in zip(job.uploads, outcomes, strict=True)
         ]
         content = await service.encoding(partial(_encode, job, answered, service.settings.max_pixels))
         stages = {
@@ -103,9 +102,7 @@ async def while_wanted(work: Coroutine[Any, Any, Response], receive: Receive, de
 
 def deadline_passed() -> Problem:
     """The 504 problem."""
-    return Problem(
-        504, "deadline_passed", "no answer was ready in time; allow more, send less, or try again later"
-    )
+    return Problem(504, "deadline_passed", "no answer was ready in time; allow more, send less, or try again later")
 
 
 async def _hung_up(receive: Receive) -> None:

@@ -66,9 +66,7 @@ def outlines(bits: NDArray[np.bool_]) -> tuple[list[Loop], list[Loop]]:
     above_left, above_right = padded[:-1, :-1], padded[:-1, 1:]
     below_left, below_right = padded[1:, :-1], padded[1:, 1:]
     turns = (above_left + above_right + below_left + below_right) % 2 == 1
-    falling = (
-        above_left & below_right & ~above_right & ~below_left
-    ) == 1  # two pixels that meet in this corner
+    falling = (above_left & below_right & ~above_right & ~below_left) == 1  # two pixels that meet in this corner
     rising = (above_right & below_left & ~above_left & ~below_right) == 1
     # Where two pixels meet in a corner, two outlines do: it counts twice. `late_x` sorts the copy whose
     # horizontal edge leads right after the one whose edge leads left, `late_y` the copy whose vertical edge

@@ -44,9 +44,7 @@ def problem_response(problem: Problem) -> Response:
     """The answer that a problem stands for."""
     document = {
         "type": "about:blank",
-        "title": "Client Closed Request"
-        if problem.status == CLIENT_GONE
-        else HTTPStatus(problem.status).phrase,
+        "title": "Client Closed Request" if problem.status == CLIENT_GONE else HTTPStatus(problem.status).phrase,
         "status": problem.status,
         "reason": problem.reason,
         "detail": problem.detail,
@@ -59,9 +57,13 @@ def problem_response(problem: Problem) -> Response:
 
 def internal_error() -> Problem:
     """What a client is told when the fault is ours; the log has the rest, under the request's id."""
-    return Problem(
-        500, "internal", "something broke here, not in the request; the log knows it by the X-Request-Id"
-    )
+    return Problem(500, "internal", "something broke here, not in the request; the log knows it by the X-Request-Id")
+
+
+def stopping() -> Problem:
+    """What a request is told that comes, or is still there, when the server ends."""
+    headers = {"Connection": "close", "Retry-After": "5"}
+    return Problem(503, "draining", "this server is about to stop; ask another, or later", headers)
 
 
 def install_problem_handlers(app: FastAPI) -> None:

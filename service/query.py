@@ -57,9 +57,7 @@ def wanted(query: SegmentQuery, info: "CheckpointInfo") -> Wanted:
         detail = f"max_detections {query.max_detections} is above this model's {info.max_detections}"
         raise Problem(422, "wrong_parameter", detail)
     threshold = info.score_threshold if query.score_threshold is None else query.score_threshold
-    return Wanted(
-        threshold, query.max_detections or info.max_detections, query.mask_format, _labels(query, info)
-    )
+    return Wanted(threshold, query.max_detections or info.max_detections, query.mask_format, _labels(query, info))
 
 
 def _labels(query: SegmentQuery, info: "CheckpointInfo") -> frozenset[int] | None:
@@ -97,9 +95,7 @@ def answer_type(accept: str | None) -> str:
             if exactness > how_exactly[known]:
                 how_exactly[known], preference[known] = exactness, quality
     if not max(preference.values()) > 0:
-        raise Problem(
-            406, "not_acceptable", f"answers come as {JSON} or, for one picture, {PNG}; Accept names neither"
-        )
+        raise Problem(406, "not_acceptable", f"answers come as {JSON} or, for one picture, {PNG}; Accept names neither")
     return PNG if preference[PNG] > preference[JSON] else JSON
 
 

@@ -79,9 +79,7 @@ CurrentService = Annotated[Service, Depends(service_of)]
         ],
     },
 )
-async def segment(
-    request: Request, query: Annotated[SegmentQuery, Query()], service: CurrentService
-) -> Response:
+async def segment(request: Request, query: Annotated[SegmentQuery, Query()], service: CurrentService) -> Response:
     """Find the instances in one or more pictures.
 
     Send parts named `image` as multipart/form-data, or one file as the body with its own type. Coordinates
@@ -106,9 +104,7 @@ async def segment(
             raise Problem(422, "one_picture", f"{PNG} answers one picture; send one, or accept {JSON}")
         # The overlay is drawn from RLE, whatever the format of masks asked for.
         shown = replace(asked, mask_format="rle") if media_type == PNG else asked
-        return await answer(
-            service, Job(uploads, shown, media_type, name, predictor, deadline), request.state.log
-        )
+        return await answer(service, Job(uploads, shown, media_type, name, predictor, deadline), request.state.log)
 
     return await while_wanted(work(), request.receive, deadline)
 
@@ -174,9 +170,7 @@ async def reload(request: Request, service: CurrentService) -> dict[str, str]:
     try:
         name = ReloadBody.model_validate_json(body).model
     except ValidationError:
-        raise Problem(
-            422, "wrong_parameter", 'the body is a JSON object with one member: {"model": NAME}'
-        ) from None
+        raise Problem(422, "wrong_parameter", 'the body is a JSON object with one member: {"model": NAME}') from None
     await service.reload(name)
     return {"model": name, "hash": service.models.get(name).info.hash}
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import signal
 import socket
 import sys
 import time
@@ -82,20 +81,24 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
-        self._give_up_at = float("inf")
+        self._give_up_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not uvicorn's own: that one raises the signal again at the end, and the exit status would not be 0.
         if self._service.draining:
             self.should_exit = self.force_exit = True
             return
+        # Nothing but flags: a signal may come in the middle of a log line, whose lock is not free then.
         self._service.drain()
-        self._give_up_at = time.monotonic() + self._service.settings.drain_ms / 1000
-        _log.info("draining", signal=signal.Signals(sig).name, requests=self._service.active)
 
     async def on_tick(self, counter: int) -> bool:
-        over = self._service.draining and (self._service.active == 0 or time.monotonic() >= self._give_up_at)
-        return await super().on_tick(counter) or over
+        return await super().on_tick(counter) or (self._service.draining and self._is_drained())
+
+    def _is_drained(self) -> bool:
+        if self._give_up_at is None:
+            self._give_up_at = time.monotonic() + self._service.settings.drain_ms / 1000
+            _log.info("draining", requests=self._service.active)
+        return self._service.active == 0 or time.monotonic() >= self._give_up_at
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -124,20 +127,22 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def _configure_log() -> None:
-    """One line an event on stderr: coloured for a person, JSON for a machine."""
+    """One line an event on stderr, the libraries' as well: coloured for a person, JSON for a machine."""
     pretty = sys.stderr.isatty()
+    common = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        *([] if pretty else [structlog.processors.format_exc_info]),
+    ]
+    # structlog's own traceback would show local variables: pixels by the million.
+    pretty_lines = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    renderer = pretty_lines if pretty else structlog.processors.JSONRenderer()
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([] if pretty else [structlog.processors.format_exc_info]),
-            structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback) if pretty else structlog.processors.JSONRenderer(),
-        ],
+        processors=[*common, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(renderer, foreign_pre_chain=common))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -22,9 +22,7 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on (default 127.0.0.1: this machine alone)")
     port: int = Field(8000, ge=0, le=65535, description="TCP port (default 8000; 0 takes a free one)")
-    device: str | None = Field(
-        None, description="torch device, such as cpu or cuda:0 (default: the best one there is)"
-    )
+    device: str | None = Field(None, description="torch device, such as cpu or cuda:0 (default: the best one there is)")
     model: str = Field(
         "dsg_lite0_coco",
         description="models to load, names or paths, comma separated; the first is the one that answers "
@@ -57,9 +55,7 @@ class Settings(BaseSettings):
         ge=1,
         description="most pictures accepted and not answered yet, a count; one more gets 429 (default 128)",
     )
-    max_batch: int = Field(
-        8, ge=1, description="most pictures run on the device together, a count (default 8)"
-    )
+    max_batch: int = Field(8, ge=1, description="most pictures run on the device together, a count (default 8)")
     deadline_ms: int = Field(
         60_000,
         ge=1,
@@ -76,9 +72,7 @@ class Settings(BaseSettings):
         ge=0,
         description="time for requests in flight to finish after SIGTERM in milliseconds (default 30000)",
     )
-    decode_workers: int = Field(
-        2, ge=1, description="threads that decode and resize pictures, a count (default 2)"
-    )
+    decode_workers: int = Field(2, ge=1, description="threads that decode and resize pictures, a count (default 2)")
     encode_workers: int = Field(2, ge=1, description="threads that write answers, a count (default 2)")
 
     @field_validator("model")
@@ -91,9 +85,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _one_request_fits(self) -> "Settings":
         if self.max_pictures > self.max_queue:
-            raise ValueError(
-                f"max_pictures ({self.max_pictures}) above max_queue ({self.max_queue}): it never fits"
-            )
+            raise ValueError(f"max_pictures ({self.max_pictures}) above max_queue ({self.max_queue}): it never fits")
         return self
 
     @property

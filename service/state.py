@@ -12,7 +12,7 @@ from dsg.service.admission import Admission
 from dsg.service.batching import Batcher
 from dsg.service.metrics import Metrics
 from dsg.service.models import LoadPredictor, Models, warm_up_picture
-from dsg.service.problems import Problem
+from dsg.service.problems import Problem, stopping
 from dsg.service.settings import Settings
 
 _log = structlog.get_logger("dsg.service")
@@ -65,11 +65,10 @@ class Service:
 
     def check_ready(self) -> None:
         """Raise the 503 problem that says why no picture can be taken now, if none can."""
-        headers = {"Connection": "close", "Retry-After": "5"}
         if self._draining:
-            raise Problem(503, "draining", "this server is about to stop; ask another, or later", headers)
+            raise stopping()
         if not self._warm:
-            raise Problem(503, "loading", "the model is still loading; try again soon", headers)
+            raise Problem(503, "loading", "the model is still loading; try again soon", {"Retry-After": "5"})
         self.check_healthy()
 
     def check_healthy(self) -> None:
@@ -89,9 +88,7 @@ class Service:
                 await self._load(source)
             except (ValueError, TypeError, OSError) as error:
                 _log.warning("reload failed", model=name, error=str(error))
-                detail = (
-                    f"model {name!r} does not load, and the log says why; what was served before still is"
-                )
+                detail = f"model {name!r} does not load, and the log says why; what was served before still is"
                 raise Problem(422, "broken_model", detail) from None
 
     async def decoding(self, task: Callable[[], _Result]) -> _Result:

@@ -162,9 +162,7 @@ class _ThreadServer(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def serving(
-    load: Callable[[str, str | None], FakePredictor] | None = None, **settings: Any
-) -> Iterator[Server]:
+def serving(load: Callable[[str, str | None], FakePredictor] | None = None, **settings: Any) -> Iterator[Server]:
     """Run a server as long as the block does."""
     predictor = FakePredictor()
     values = {"model": "fake", "decode_workers": 2, **settings}

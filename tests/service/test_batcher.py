@@ -136,9 +136,7 @@ def test_too_few_answers_are_an_error(batcher: Batcher, predictor: FakePredictor
         future.result(WAIT)
 
 
-def test_what_is_late_is_dropped_before_it_runs(
-    batcher: Batcher, predictor: FakePredictor, metrics: Metrics
-) -> None:
+def test_what_is_late_is_dropped_before_it_runs(batcher: Batcher, predictor: FakePredictor, metrics: Metrics) -> None:
     occupy(batcher, predictor)
     (late,) = batcher.submit(predictor, [prepared(predictor)], time.monotonic())
     (good,) = batcher.submit(predictor, [prepared(predictor)], FAR)

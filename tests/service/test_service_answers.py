@@ -122,7 +122,9 @@ def test_headers_say_where_the_time_went_and_which_request_it_was(server: Server
 def test_a_picture_as_answer(server: Server) -> None:
     for query in ("", "?mask_format=none"):
         response = server.client.post(
-            f"/segment{query}", content=encoded(picture(BOX)), headers={"Content-Type": "image/png", "Accept": "image/png"}
+            f"/segment{query}",
+            content=encoded(picture(BOX)),
+            headers={"Content-Type": "image/png", "Accept": "image/png"},
         )
         assert response.status_code == 200, response.text
         assert response.headers["content-type"] == "image/png"

@@ -139,7 +139,9 @@ def test_413_too_many_pixels(small: Server) -> None:
     assert small.post(encoded(picture(size=(100, 100)))).status_code == 200
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/json", "image/gif", "image/svg+xml", "application/octet-stream", ""])
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/json", "image/gif", "image/svg+xml", "application/octet-stream", ""]
+)
 def test_415_declared_types(small: Server, kind: str) -> None:
     response = small.client.post("/segment", content=GOOD, headers={"Content-Type": kind} if kind else {})
     problem(response, 415, "unsupported_type")
@@ -182,7 +184,9 @@ def test_422_parts(small: Server) -> None:
     problem(small.client.post("/segment", files=parts(*[GOOD] * 4)), 422, "too_many_pictures")
     response = small.client.post("/segment", files=parts(GOOD, GOOD), headers={"Accept": "image/png"})
     problem(response, 422, "one_picture")
-    empty = small.client.post("/segment", content=b"--b--\r\n", headers={"Content-Type": "multipart/form-data; boundary=b"})
+    empty = small.client.post(
+        "/segment", content=b"--b--\r\n", headers={"Content-Type": "multipart/form-data; boundary=b"}
+    )
     assert empty.status_code in (400, 422)
 
 
@@ -255,7 +259,10 @@ _WORDS = st.one_of(
     )
 )
 def test_any_query_is_answered_or_refused(small: Server, query: dict[str, str]) -> None:
-    query = {name.encode("utf-8", "replace").decode(): value.encode("utf-8", "replace").decode() for name, value in query.items()}
+    query = {
+        name.encode("utf-8", "replace").decode(): value.encode("utf-8", "replace").decode()
+        for name, value in query.items()
+    }
     response = small.post(GOOD, params=query)
     if response.status_code != 200:
         problem(response, 422, response.json()["reason"])

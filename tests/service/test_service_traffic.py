@@ -17,8 +17,10 @@ PNG = {"Content-Type": "image/png"}
 def at_once(server: Server, bodies: list[bytes], **options) -> list[Future]:
     """Post from one thread each; the futures give the responses."""
     pool = ThreadPoolExecutor(len(bodies))
-    futures = [pool.submit(httpx.post, f"{server.base_url}/segment", content=body, headers=PNG, timeout=60, **options)
-               for body in bodies]
+    futures = [
+        pool.submit(httpx.post, f"{server.base_url}/segment", content=body, headers=PNG, timeout=60, **options)
+        for body in bodies
+    ]
     pool.shutdown(wait=False)
     return futures
 
@@ -147,7 +149,9 @@ def test_a_client_that_hangs_up_while_sending_leaves_nothing() -> None:
     with serving() as server:
         address = (server.client.base_url.host, server.client.base_url.port)
         with socket.create_connection(address, timeout=30) as connection:
-            connection.sendall(b"POST /segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 999\r\n\r\nx")
+            connection.sendall(
+                b"POST /segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 999\r\n\r\nx"
+            )
         server.await_metric("dsg_request_duration_seconds_count", 1, route="/segment", method="POST", status="499")
         assert server.post(GOOD).status_code == 200
 
