@@ -35,7 +35,7 @@ KERNELS := setup.py $(shell find ops/csrc -type f 2>/dev/null)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # one pip at a time in one .venv
-.PHONY: help setup ops serve train needs-data test test-all test-gpu check typing wheel wheelhouse image clean
+.PHONY: help setup ops serve train needs-data test test-all test-gpu bench check typing wheel wheelhouse image clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.12] [OPS=auto|off|cpu|cuda] [OFFLINE=1] [TORCH_INDEX=URL]"
@@ -60,6 +60,9 @@ test-all: $(STAMP)-test $(STAMP)-ops ## the same and the long ones, under 45 min
 
 test-gpu: $(STAMP)-test $(STAMP)-ops ## the checks that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench: $(STAMP)-test $(STAMP)-ops ## measure, into bench/results (OUT=bench/results/ops.json)
+	$(BIN)/dsg bench ops --out $(or $(OUT),bench/results/ops.json) $(ARGS)
 
 check: $(STAMP)-check typing ## ruff and mypy
 	$(BIN)/ruff check .

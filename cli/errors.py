@@ -25,6 +25,7 @@ _EXTRA_OF_PACKAGE = {
     "structlog": "serve",
     "faster_coco_eval": "train",
     "tensorboard": "train",
+    "pycocotools": "test",
 }
 
 

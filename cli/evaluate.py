@@ -32,18 +32,14 @@ def evaluate(
     ] = None,
     huddled: Annotated[
         bool,
-        typer.Option(
-            "--huddled", help="Also AP of the pictures whose objects overlap (the paper's Table 4)."
-        ),
+        typer.Option("--huddled", help="Also AP of the pictures whose objects overlap (the paper's Table 4)."),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.", show_default=False)] = None,
     device: DeviceOption = None,
 ) -> None:
     """Average precision of boxes and masks over all pictures of the annotations."""
     if (model is None) == (predictions is None):
-        raise ValueError(
-            "give either --model, which predicts on the pictures, or --predictions, a COCO results file"
-        )
+        raise ValueError("give either --model, which predicts on the pictures, or --predictions, a COCO results file")
     if predictions is not None and images is not None:
         raise ValueError("--images goes with --model; a file of --predictions needs no pictures")
     from dsg.model.training.evaluation import evaluate_results, format_table, max_objects_in_an_image
@@ -76,9 +72,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
-        raise ValueError(
-            f"{path} is no list of COCO results; each has image_id, category_id, score, and bbox or mask"
-        )
+        raise ValueError(f"{path} is no list of COCO results; each has image_id, category_id, score, and bbox or mask")
     return results
 
 
@@ -93,9 +87,7 @@ def _predict(
     predictor = load_predictor(model, device)
     cap = predictor.info.max_detections
     if cap < max_detections:
-        typer.echo(
-            f"{model} gives at most {cap} detections of a picture; {max_detections} would count", err=True
-        )
+        typer.echo(f"{model} gives at most {cap} detections of a picture; {max_detections} would count", err=True)
     done = 0
     with progress("pictures") as advance:
 

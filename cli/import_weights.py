@@ -22,9 +22,7 @@ class Classes(StrEnum):
 def import_weights(
     file: Annotated[Path, typer.Argument(help="State dict, .pth or .safetensors.", show_default=False)],
     source: Annotated[Source, typer.Option("--from", help="The project that wrote it.", show_default=False)],
-    model: Annotated[
-        str, typer.Option(help="Preset to fill, such as mask_rcnn_r50_fpn.", show_default=False)
-    ],
+    model: Annotated[str, typer.Option(help="Preset to fill, such as mask_rcnn_r50_fpn.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Checkpoint to write (.safetensors).", show_default=False)],
     classes: Annotated[
         Classes | None,

@@ -10,9 +10,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "dsg_lite0_coco"
 
-ModelOption = Annotated[
-    str, typer.Option("--model", help="A name that `dsg models` lists, or a .safetensors file.")
-]
+ModelOption = Annotated[str, typer.Option("--model", help="A name that `dsg models` lists, or a .safetensors file.")]
 DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="cpu, cuda or cuda:1; the first GPU if there is one, else the CPU."),

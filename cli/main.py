@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dsg.cli import data, errors, evaluate, import_weights, models, predict, serve, train
+from dsg.cli import bench, data, errors, evaluate, import_weights, models, predict, serve, train
 
 app = typer.Typer(
     add_completion=False,
@@ -24,6 +24,10 @@ app.command("import-weights")(import_weights.import_weights)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at annotation files.")
 data_app.command("check")(data.check)
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure, for bench/results.")
+bench_app.callback()(lambda: None)  # with a callback, typer keeps the only subcommand's name
+bench_app.command("ops")(bench.ops)
+app.add_typer(bench_app, name="bench")
 
 
 def _print_version(asked: bool) -> None:

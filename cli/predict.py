@@ -15,13 +15,9 @@ if TYPE_CHECKING:
 
 
 def predict(
-    images: Annotated[
-        list[Path], typer.Argument(help="Pictures, or folders of pictures.", show_default=False)
-    ],
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", show_default=False)],
     model: ModelOption = DEFAULT_MODEL,
-    out: Annotated[Path, typer.Option(help="Folder for predictions.json and the overlays.")] = Path(
-        "runs/predict"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for predictions.json and the overlays.")] = Path("runs/predict"),
     score_threshold: Annotated[
         float | None, typer.Option(help="Lowest score, 0 to 1; by default the model's own.")
     ] = None,
@@ -48,9 +44,7 @@ def predict(
             results += [{**result, "file_name": str(path)} for result in found]
             advance(image_id, len(pictures))
     (out / "predictions.json").write_text(json.dumps(results), encoding="utf-8")
-    typer.echo(
-        f"{out / 'predictions.json'}: {len(results)} objects in {len(pictures)} pictures; overlays beside it"
-    )
+    typer.echo(f"{out / 'predictions.json'}: {len(results)} objects in {len(pictures)} pictures; overlays beside it")
 
 
 def _one_picture(

@@ -22,8 +22,7 @@ def serve(
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         wrong = [
-            f"DSG_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}".removeprefix("DSG_: ")
-            for e in error.errors()
+            f"DSG_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}".removeprefix("DSG_: ") for e in error.errors()
         ]
         raise ValueError(f"wrong setting, {'; '.join(wrong)}") from None
     run_server(settings)

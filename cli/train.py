@@ -9,14 +9,10 @@ from dsg.cli.loading import DeviceOption
 
 
 def train(
-    config: Annotated[
-        str, typer.Option(help="A recipe's name, or a TOML or Python file.", show_default=False)
-    ],
+    config: Annotated[str, typer.Option(help="A recipe's name, or a TOML or Python file.", show_default=False)],
     data: Annotated[
         list[Path],
-        typer.Option(
-            metavar="FILE", help="Annotations in COCO format; repeat to join files.", show_default=False
-        ),
+        typer.Option(metavar="FILE", help="Annotations in COCO format; repeat to join files.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run.", show_default=False)],
     images: Annotated[
@@ -41,9 +37,7 @@ def train(
     ] = None,
     init: Annotated[
         str | None,
-        typer.Option(
-            help="Weights to start from: a name, a checkpoint or a backbone's file.", show_default="random"
-        ),
+        typer.Option(help="Weights to start from: a name, a checkpoint or a backbone's file.", show_default="random"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     settings: Annotated[

@@ -62,9 +62,7 @@ def test_report(capsys: pytest.CaptureFixture[str], error: BaseException, code: 
     assert not printed.out and line in printed.err and printed.err.count("\n") == 1
 
 
-def test_debug_shows_the_traceback(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSG_DEBUG", "1")
     try:
         raise ValueError("wrong")

@@ -9,9 +9,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 
-def test_results_load_in_pycocotools(
-    command: Callable, checkpoint: Path, photo: Path, tmp_path: Path
-) -> None:
+def test_results_load_in_pycocotools(command: Callable, checkpoint: Path, photo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ran = command("predict", photo, "--model", checkpoint, "--out", out, "--device", "cpu")
     assert ran.code == 0, ran.err

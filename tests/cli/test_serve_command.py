@@ -24,10 +24,7 @@ def test_options_win_over_variables(
     monkeypatch.setenv("DSG_MAX_BATCH", "3")
     assert command("serve").code == 0
     assert (
-        command(
-            "serve", "--port", 9002, "--host", "0.0.0.0", "--model", "a.safetensors", "--device", "cpu"
-        ).code
-        == 0
+        command("serve", "--port", 9002, "--host", "0.0.0.0", "--model", "a.safetensors", "--device", "cpu").code == 0
     )
     first, second = started
     assert (first.port, first.max_batch, first.host) == (9001, 3, "127.0.0.1")

@@ -59,9 +59,7 @@ def test_options_arrive(command: Callable, started: list, tmp_path: Path) -> Non
         (("--data", "a.json"), "--config"),
     ],
 )
-def test_mistakes(
-    command: Callable, started: list, tmp_path: Path, arguments: tuple[str, ...], word: str
-) -> None:
+def test_mistakes(command: Callable, started: list, tmp_path: Path, arguments: tuple[str, ...], word: str) -> None:
     ran = command("train", *arguments, "--out", tmp_path)
     assert ran.code == 2 and not started
     assert ran.err.startswith("dsg: error: ") and ran.err.count("\n") == 1 and word in ran.err, ran.err

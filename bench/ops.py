@@ -1,0 +1,126 @@
+"""`dsg.ops` against torchvision and pycocotools: RoI features of a pyramid, and masks as run lengths.
+
+Letters: R RoIs, C channels, m side of a mask's probabilities.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.ops import MultiScaleRoIAlign
+
+from dsg.bench.report import Row, time_row
+from dsg.bench.timing import compare
+from dsg.ops import encode_masks, multiscale_sg_roi_align
+
+_STRIDES = (4, 8, 16, 32)
+_IMAGE = (800, 1216)  # (height, width): the usual size of a training or test picture
+_PHOTO = (480, 640)
+_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16)}
+
+
+@dataclass(frozen=True)
+class _Pooling:
+    """RoIs as one head of a network sees them."""
+
+    name: str
+    rois: int
+    channels: int
+    side: int
+
+
+_POOLINGS = (
+    _Pooling("box head on ResNet", 1000, 256, 7),
+    _Pooling("mask head on ResNet", 100, 256, 14),
+    _Pooling("box head on Lite", 200, 128, 7),
+)
+
+
+def run(device: torch.device, repeats: int, on_case: Callable[[str], None] = lambda case: None) -> list[Row]:
+    """Measure every case; ratios above 1 mean that dsg.ops is the quicker one.
+
+    Args:
+        device: CPU or CUDA.
+        repeats: measurements of which the median counts.
+        on_case: told each case before it is measured.
+    """
+    rows = []
+    for case, ours, theirs in [*_pooling_cases(device), *_mask_cases(device)]:
+        on_case(case)
+        rows.append(time_row(case, *compare(ours, theirs, device, repeats)))
+    return rows
+
+
+_Case = tuple[str, Callable[[], object], Callable[[], object]]
+
+
+def _pooling_cases(device: torch.device) -> Iterator[_Case]:
+    """With and without guidance, forward and with the gradients, against torchvision's plain RoIAlign."""
+    for pooling in _POOLINGS:
+        for dtype in _DTYPES[device.type]:
+            features = [
+                torch.randn(1, pooling.channels, _IMAGE[0] // s, _IMAGE[1] // s, device=device, dtype=dtype)
+                for s in _STRIDES
+            ]
+            boxes = _boxes(pooling.rois, _IMAGE).to(device)  # [R, 4]
+            prob = torch.rand(pooling.rois, 28, 28, device=device, dtype=dtype)
+            for backward in (False, True):
+                levels = [level.detach().requires_grad_(backward) for level in features]
+                for guide in (None, prob):
+                    what = "SgRoIAlign" if guide is not None else "RoIAlign"
+                    how = f"{str(dtype).removeprefix('torch.')}, forward{' and backward' if backward else ''}"
+                    case = f"{what}, {pooling.name}, {pooling.rois} RoIs, {how}; baseline torchvision RoIAlign"
+                    yield case, _ours(levels, boxes, guide, pooling.side), _theirs(levels, boxes, pooling.side)
+
+
+def _ours(levels: list[Tensor], boxes: Tensor, prob: Tensor | None, side: int) -> Callable[[], object]:
+    rois = torch.cat((boxes.new_zeros(len(boxes), 1), boxes), dim=1)  # [R, 5]
+    scales = [1 / stride for stride in _STRIDES]
+
+    def pool() -> None:
+        _finish(levels, multiscale_sg_roi_align(levels, rois, prob, side, scales, aligned=False))
+
+    return pool
+
+
+def _theirs(levels: list[Tensor], boxes: Tensor, side: int) -> Callable[[], object]:
+    align = MultiScaleRoIAlign([str(stride) for stride in _STRIDES], side, sampling_ratio=2)
+    named = {str(stride): level for stride, level in zip(_STRIDES, levels, strict=True)}
+    boxes = boxes.to(levels[0].dtype)  # torchvision wants one dtype for all
+
+    def pool() -> None:
+        _finish(levels, align(named, [boxes], [_IMAGE]))
+
+    return pool
+
+
+def _finish(levels: list[Tensor], pooled: Tensor) -> None:
+    """The backward pass, where gradients are wanted."""
+    if pooled.requires_grad:
+        torch.autograd.grad(pooled, levels, torch.ones_like(pooled))
+
+
+def _mask_cases(device: torch.device) -> Iterator[_Case]:
+    """100 box masks of one photo to COCO run lengths, against pasting and encoding full-size masks."""
+    boxes = _boxes(100, _PHOTO).to(device)
+    probs = torch.rand(100, 28, 28, device=device)
+
+    def theirs() -> None:
+        pasted = paste_masks_in_image(probs[:, None], boxes, _PHOTO)[:, 0] >= 0.5  # [R, H, W]
+        coco_mask.encode(pasted.permute(1, 2, 0).byte().cpu().contiguous().numpy().copy(order="F"))
+
+    case = "encode_masks, 100 masks in a photo of 480x640; baseline torchvision paste and pycocotools encode"
+    yield case, lambda: encode_masks(probs, boxes, _PHOTO), theirs
+
+
+def _boxes(count: int, size: tuple[int, int]) -> Tensor:
+    """Boxes of all sizes inside a picture, Tensor[count, 4] xyxy, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = size
+    sides = torch.exp(torch.empty(count, 2).uniform_(2.5, 6.0, generator=generator))  # 12 to 400 pixels
+    sides = torch.minimum(sides, torch.tensor([width - 1.0, height - 1.0]))
+    corner = torch.rand(count, 2, generator=generator) * (torch.tensor([width, height]) - sides)
+    return torch.cat((corner, corner + sides), dim=1)

@@ -1,0 +1,83 @@
+"""The files of bench/results: every figure of a document comes from one."""
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure and what it is compared with, both measured in one run."""
+
+    case: str
+    value: float
+    unit: str
+    baseline: float
+    """The same figure of what it is compared with, which `case` names."""
+    ratio: float
+    """baseline / value for times, value / baseline for rates: above 1 is better than the baseline."""
+
+
+def time_row(case: str, milliseconds: float, baseline: float) -> Row:
+    """A row of a time in milliseconds."""
+    return Row(case, round(milliseconds, 4), "ms", round(baseline, 4), round(baseline / milliseconds, 3))
+
+
+def write(path: Path, rows: list[Row], device: torch.device) -> None:
+    """Write one file of results.
+
+    Args:
+        path: its stem becomes the name of the results.
+        rows: in the order to show them.
+        device: what was measured.
+
+    Raises:
+        ValueError: no commit is known.
+        OSError: the file cannot be written.
+    """
+    document = {
+        "name": path.stem,
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "rows": [asdict(row) for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    """Hash of the checkout, with `-dirty` where files differ from it; DSG_COMMIT where there is no .git.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if given := os.environ.get("DSG_COMMIT"):
+        return given
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise ValueError("results name their commit, and this is no git checkout: set DSG_COMMIT") from None
+    return ran.stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,57 @@
+"""`dsg bench`: the file of results, and what the cases compare."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsg.bench import ops, report
+from dsg.bench.report import Row, time_row
+
+
+def test_file_of_results(command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSG_COMMIT", "abc123")
+    monkeypatch.setattr(ops, "run", lambda device, repeats, on_case: [time_row("a; baseline b", 2.0, 5.0)])
+    out = tmp_path / "deep" / "quick.json"
+    ran = command("bench", "ops", "--out", out, "--device", "cpu")
+    assert ran.code == 0, ran.err
+    document = json.loads(out.read_text())
+    assert set(document) == {"name", "commit", "date", "device", "torch", "rows"}
+    assert (document["name"], document["commit"], document["torch"]) == ("quick", "abc123", torch.__version__)
+    assert document["rows"] == [{"case": "a; baseline b", "value": 2.0, "unit": "ms", "baseline": 5.0, "ratio": 2.5}]
+
+
+def test_no_commit_is_said_before_measuring(command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_git(*args: object, **kwargs: object) -> None:
+        raise subprocess.CalledProcessError(128, "git")
+
+    monkeypatch.setattr(report.subprocess, "run", no_git)
+    ran = command("bench", "ops", "--out", tmp_path / "x.json", "--device", "cpu")
+    assert ran.code == 2 and "DSG_COMMIT" in ran.err and not (tmp_path / "x.json").exists()
+
+
+def test_both_sides_of_a_case_pool_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without guidance the two sides are the same function, so they are the same work."""
+    pooled: list[torch.Tensor] = []
+    monkeypatch.setattr(ops, "_IMAGE", (128, 160))
+    monkeypatch.setattr(ops, "_POOLINGS", (ops._Pooling("small head", 20, 4, 7),))
+    monkeypatch.setattr(ops, "_finish", lambda levels, result: pooled.append(result.detach()))
+    cases = list(ops._pooling_cases(torch.device("cpu")))
+    assert [case.partition(",")[0] for case, _, _ in cases] == ["RoIAlign", "SgRoIAlign"] * 2
+    _, ours, theirs = cases[0]
+    ours()
+    theirs()
+    torch.testing.assert_close(pooled[0], pooled[1], rtol=1e-5, atol=1e-5)
+
+
+def test_run_gives_a_row_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_IMAGE", (64, 64))
+    monkeypatch.setattr(ops, "_PHOTO", (48, 64))
+    monkeypatch.setattr(ops, "_POOLINGS", (ops._Pooling("small head", 5, 4, 7),))
+    told: list[str] = []
+    rows = ops.run(torch.device("cpu"), repeats=1, on_case=told.append)
+    assert [row.case for row in rows] == told and len(rows) == 5
+    assert all(isinstance(row, Row) and row.value > 0 and row.baseline > 0 for row in rows)
