@@ -9,7 +9,7 @@ added so that each group is a printable character. Needs no torch.
 Letters: `H, W` size of the picture, `h, w` size of a window in it, `n` number of counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -97,25 +97,27 @@ def counts_to_string(counts: NDArray[np.int64] | Sequence[int]) -> str:
     return counts_to_strings([np.asarray(counts, dtype=np.int64)])[0]
 
 
-def string_to_counts(text: str | bytes) -> NDArray[np.int64]:  # [n]
-    """Counts of a compressed string.
+def strings_to_counts(texts: Sequence[str | bytes]) -> list[NDArray[np.int64]]:
+    """Counts of several compressed strings, in one pass over all of them.
 
     Raises:
         ValueError: a character that the code does not use, or an end in the middle of a number.
     """
     try:
-        raw = text.encode("ascii") if isinstance(text, str) else bytes(text)
+        raw = [text.encode("ascii") if isinstance(text, str) else bytes(text) for text in texts]
     except UnicodeEncodeError:
         raise ValueError("RLE counts hold a character outside ASCII") from None
-    codes = np.frombuffer(raw, dtype=np.uint8).astype(np.int64) - _OFFSET
+    codes = np.frombuffer(b"".join(raw), dtype=np.uint8).astype(np.int64) - _OFFSET  # [characters]
     if len(codes) == 0:
-        return np.zeros(0, dtype=np.int64)
+        return [np.zeros(0, dtype=np.int64) for _ in texts]
     if codes.min() < 0 or codes.max() >= 2 * _MORE:
         raise ValueError("RLE counts hold a character outside '0' to 'o'")
+    lengths = np.array([len(one) for one in raw])  # [texts]
+    text_ends = np.cumsum(lengths)
     last = (codes & _MORE) == 0
-    if not last[-1]:
+    if not last[text_ends[lengths > 0] - 1].all():
         raise ValueError("RLE counts end in the middle of a number")
-    ends = np.flatnonzero(last)
+    ends = np.flatnonzero(last)  # [n], of all texts, as all that follows
     starts = np.concatenate(([0], ends[:-1] + 1))
     sizes = ends - starts + 1  # groups of each number
     if sizes.max() > _MAX_GROUPS:
@@ -124,10 +126,23 @@ def string_to_counts(text: str | bytes) -> NDArray[np.int64]:  # [n]
     numbers = np.add.reduceat((codes & 0x1F) << (_GROUP_BITS * place), starts)
     negative = (codes[ends] & _SIGN) != 0
     numbers -= np.where(negative, np.int64(1) << (_GROUP_BITS * sizes), 0)
+
+    cuts = np.concatenate(([0], np.cumsum(last)))[np.concatenate(([0], text_ends))]  # [texts + 1]
+    position = np.arange(len(numbers)) - np.repeat(cuts[:-1], np.diff(cuts))
     # Undo the differences: the first count stands alone, every other one adds to the one two before it.
-    numbers[1::2] = np.cumsum(numbers[1::2])
-    numbers[2::2] = np.cumsum(numbers[2::2])
-    return numbers
+    for first in (1, 2):
+        chosen = np.flatnonzero((position >= first) & ((position - first) % 2 == 0))
+        own = numbers[chosen]
+        sums = np.cumsum(own)
+        begins = np.flatnonzero(position[chosen] == first)
+        before = (sums - own)[begins]  # what the texts before this one add up to
+        numbers[chosen] = sums - np.repeat(before, np.diff(begins, append=len(chosen)))
+    return [numbers[begin:end] for begin, end in pairwise(cuts.tolist())]
+
+
+def string_to_counts(text: str | bytes) -> NDArray[np.int64]:  # [n]
+    """Counts of one compressed string; raises ValueError as `strings_to_counts` does."""
+    return strings_to_counts([text])[0]
 
 
 def encode_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -139,24 +154,40 @@ def encode_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": counts_to_string(counts)}
 
 
-def rle_counts(rle: dict[str, Any]) -> NDArray[np.int64]:  # [n]
-    """Checked counts of an RLE, compressed (str or bytes) or plain (a list of numbers).
+def rles_counts(rles: Sequence[Mapping[str, Any]]) -> list[NDArray[np.int64]]:
+    """Checked counts of several RLEs, compressed (str or bytes) or plain (lists of numbers).
 
     Raises:
         ValueError: no size or counts, a negative count, or counts that do not add up to H * W.
     """
-    try:
-        (height, width), counts = rle["size"], rle["counts"]
-    except (KeyError, TypeError, ValueError):
-        raise ValueError("an RLE is {'size': [height, width], 'counts': ...}") from None
-    packed = isinstance(counts, (str, bytes))
-    numbers = string_to_counts(counts) if packed else np.asarray(counts, dtype=np.int64)
-    if (numbers < 0).any() or numbers.sum() != height * width:
-        raise ValueError(f"RLE counts add up to {numbers.sum()}, which is not a picture of {height}x{width}")
-    return numbers
+    counts: list[Any] = []
+    pixels: list[tuple[int, int]] = []
+    for rle in rles:
+        try:
+            (height, width), of_one = rle["size"], rle["counts"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError("an RLE is {'size': [height, width], 'counts': ...}") from None
+        pixels.append((height, width))
+        counts.append(of_one)
+    packed = [index for index, one in enumerate(counts) if isinstance(one, (str, bytes))]
+    for index, numbers in zip(packed, strings_to_counts([counts[index] for index in packed]), strict=True):
+        counts[index] = numbers
+    for index, (height, width) in enumerate(pixels):
+        counts[index] = np.asarray(counts[index], dtype=np.int64)
+        total = int(counts[index].sum())
+        if total != height * width:
+            raise ValueError(f"RLE counts add up to {total}, which is not a picture of {height}x{width}")
+        if (counts[index] < 0).any():
+            raise ValueError("RLE counts hold a negative number")
+    return counts
 
 
-def decode_rle(rle: dict[str, Any]) -> NDArray[np.bool_]:  # [H, W]
+def rle_counts(rle: Mapping[str, Any]) -> NDArray[np.int64]:  # [n]
+    """Checked counts of one RLE; raises ValueError as `rles_counts` does."""
+    return rles_counts([rle])[0]
+
+
+def decode_rle(rle: Mapping[str, Any]) -> NDArray[np.bool_]:  # [H, W]
     """Mask of an RLE; raises ValueError as `rle_counts` does."""
     counts = rle_counts(rle)
     height, width = rle["size"]
@@ -164,6 +195,6 @@ def decode_rle(rle: dict[str, Any]) -> NDArray[np.bool_]:  # [H, W]
     return np.repeat(values, counts).reshape(width, height).T  # [W, H] -> [H, W]
 
 
-def rle_area(rle: dict[str, Any]) -> int:
+def rle_area(rle: Mapping[str, Any]) -> int:
     """Number of pixels that are set; raises ValueError as `rle_counts` does."""
     return int(rle_counts(rle)[1::2].sum())

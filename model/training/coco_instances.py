@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from faster_coco_eval.core import mask as coco_mask
+from numpy.typing import NDArray
 
-from dsg.ops.rle import rle_area, rle_counts
+from dsg.ops.rle import rle_counts, rles_counts
 
 ImageId = int | str
+
+# Masks are checked together, in groups that keep the arrays for it small.
+_MASKS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,7 @@ def read_ground_truth(annotations: Mapping[str, Any] | str | Path, with_masks: b
     document = _read_json(annotations) if isinstance(annotations, (str, Path)) else annotations
     for key in ("images", "categories", "annotations"):
         if not isinstance(document, Mapping) or not isinstance(document.get(key), Sequence):
-            raise ValueError(
-                f"annotations have no list '{key}'; a COCO file has images, categories and annotations"
-            )
+            raise ValueError(f"annotations have no list '{key}'; a COCO file has images, categories and annotations")
     sizes: dict[ImageId, tuple[int, int] | None] = {}
     for index, image in enumerate(document["images"]):
         if "id" not in image or image["id"] in sizes:
@@ -77,10 +80,16 @@ def read_ground_truth(annotations: Mapping[str, Any] | str | Path, with_masks: b
         known = "height" in image and "width" in image
         sizes[image["id"]] = (int(image["height"]), int(image["width"])) if known else None
     categories = _category_names(document["categories"])
-    instances = []
-    for index, entry in enumerate(document["annotations"]):
-        where = f"annotation {entry.get('id', f'number {index}')} of image {entry.get('image_id')}"
-        instances.append(_read_instance(entry, where, sizes, categories, with_masks))
+    entries = document["annotations"]
+    names = [
+        f"annotation {entry.get('id', f'number {index}')} of image {entry.get('image_id')}"
+        for index, entry in enumerate(_mappings(entries, "annotation"))
+    ]
+    areas = _compressed_areas(entries, names) if with_masks else [None] * len(entries)
+    instances = [
+        _read_instance(entry, name, sizes, categories, with_masks, area)
+        for entry, name, area in zip(entries, names, areas, strict=True)
+    ]
     return GroundTruth(sizes, categories, instances)
 
 
@@ -93,21 +102,23 @@ def read_results(results: Sequence[Mapping[str, Any]], truth: GroundTruth) -> tu
     Raises:
         ValueError: in one line, what is wrong with which entry.
     """
+    names = [
+        f"result {index} (image {entry.get('image_id')})" for index, entry in enumerate(_mappings(results, "result"))
+    ]
     has_masks = all(_has_mask(entry) for entry in results)
+    areas = _compressed_areas(results, names) if has_masks else [None] * len(results)
     instances = []
-    for index, entry in enumerate(results):
-        where = f"result {index} (image {entry.get('image_id')})"
+    for entry, name, area in zip(results, names, areas, strict=True):
         if not has_masks and _has_mask(entry):
-            raise ValueError(
-                f"{where} has a segmentation and others have none; give one to all results or to none"
-            )
+            raise ValueError(f"{name} has a segmentation and others have none; give one to all results or to none")
         if not has_masks and entry.get("bbox") is None:
-            raise ValueError(f"{where} has neither bbox nor segmentation")
+            raise ValueError(f"{name} has neither bbox nor segmentation")
         score = entry.get("score")
         if not _is_number(score):
-            raise ValueError(f"{where}: score must be a finite number, not {score!r}")
-        instance = _read_instance(entry, where, truth.sizes, truth.categories, has_masks, score=float(score))
-        instances.append(instance)
+            raise ValueError(f"{name}: score must be a finite number, not {score!r}")
+        instances.append(
+            _read_instance(entry, name, truth.sizes, truth.categories, has_masks, area, score=float(score))
+        )
     return instances, has_masks
 
 
@@ -141,43 +152,76 @@ def _category_names(categories: Sequence[Mapping[str, Any]]) -> dict[int, str]:
             raise ValueError(f"category {index} of the annotations needs an id and a name")
     names = Counter(category["name"] for category in categories)
     return {
-        category["id"]: category["name"]
-        if names[category["name"]] == 1
-        else f"{category['name']} ({category['id']})"
+        category["id"]: category["name"] if names[category["name"]] == 1 else f"{category['name']} ({category['id']})"
         for category in categories
     }
 
 
+def _mappings(entries: Sequence[Any], kind: str) -> Sequence[Mapping[str, Any]]:
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{kind} {index} must be an object with image_id and category_id, not {entry!r}")
+    return entries
+
+
+def _compressed_areas(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[int | None]:
+    """Pixels of the masks that are compressed RLE, checked many at once; None for other entries."""
+    areas: list[int | None] = [None] * len(entries)
+    compressed = [index for index, entry in enumerate(entries) if _is_compressed(entry.get("segmentation"))]
+    for begin in range(0, len(compressed), _MASKS_AT_ONCE):
+        group = compressed[begin : begin + _MASKS_AT_ONCE]
+        try:
+            counts = rles_counts([entries[index]["segmentation"] for index in group])
+        except ValueError:
+            counts = [_named_counts(entries[index]["segmentation"], names[index]) for index in group]
+        for index, numbers in zip(group, counts, strict=True):
+            areas[index] = int(numbers[1::2].sum())
+    return areas
+
+
+def _named_counts(rle: Mapping[str, Any], name: str) -> NDArray[np.int64]:
+    try:
+        return rle_counts(rle)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def _read_instance(
     entry: Mapping[str, Any],
-    where: str,
+    name: str,
     sizes: Mapping[ImageId, tuple[int, int] | None],
     categories: Mapping[int, str],
     with_masks: bool,
+    mask_area: int | None,
     score: float | None = None,
 ) -> Instance:
-    """An annotation, or a result where it has a score; a result's area is that of what is found, box or
-    mask."""
-    image_id, category_id = entry.get("image_id"), entry.get("category_id")
+    """An annotation, or a result where it has a score; a result's area is that of what is found, box or mask.
+
+    `mask_area` is given for compressed RLE, which is checked by then.
+    """
+    image_id: Any = entry.get("image_id")
+    category_id: Any = entry.get("category_id")
     if image_id not in sizes:
-        raise ValueError(f"{where}: the annotations have no image {image_id!r}")
+        raise ValueError(f"{name}: the annotations have no image {image_id!r}")
     if category_id not in categories:
-        raise ValueError(f"{where}: the annotations have no category {category_id!r}")
-    rle = (
-        _read_mask(entry["segmentation"], where, sizes[image_id]) if with_masks and _has_mask(entry) else None
-    )
-    box = entry.get("bbox")
+        raise ValueError(f"{name}: the annotations have no category {category_id!r}")
+    rle = None
+    if with_masks and _has_mask(entry):
+        rle = _read_mask(entry["segmentation"], name, sizes[image_id])
+    box: Any = entry.get("bbox")
     if box is None and rle is not None:
         box = coco_mask.toBbox([rle])[0].tolist()
     if not isinstance(box, Sequence) or len(box) != 4 or not all(map(_is_number, box)) or min(box[2:]) < 0:
-        raise ValueError(f"{where}: bbox must be four finite numbers x, y, width, height, not {box!r}")
+        raise ValueError(f"{name}: bbox must be four finite numbers x, y, width, height, not {box!r}")
     x, y, w, h = map(float, box)
-    if score is None and _is_number(entry.get("area")):
-        area = float(entry["area"])
-    else:
-        area = w * h if rle is None else float(rle_area(dict(rle)))
+    area: Any = entry.get("area")
+    if score is not None or not _is_number(area):
+        if rle is None:
+            area = w * h
+        else:
+            area = coco_mask.area([rle])[0] if mask_area is None else mask_area
     crowd = score is None and bool(entry.get("iscrowd", 0))
-    return Instance(image_id, category_id, (x, y, w, h), area, crowd, rle, 1.0 if score is None else score)
+    return Instance(image_id, category_id, (x, y, w, h), float(area), crowd, rle, 1.0 if score is None else score)
 
 
 def _is_number(value: Any) -> bool:
@@ -190,31 +234,24 @@ def _has_mask(entry: Mapping[str, Any]) -> bool:
     return any(segmentation) if isinstance(segmentation, list) else bool(segmentation)
 
 
-def _read_mask(segmentation: Any, where: str, size: tuple[int, int] | None) -> Mapping[str, Any]:
-    """Polygons, plain or compressed RLE as compressed RLE."""
+def _is_compressed(segmentation: Any) -> bool:
+    return isinstance(segmentation, Mapping) and isinstance(segmentation.get("counts"), (str, bytes))
+
+
+def _read_mask(segmentation: Any, name: str, size: tuple[int, int] | None) -> Mapping[str, Any]:
+    """Polygons, plain RLE or (checked already) compressed RLE as compressed RLE."""
     if size is None:
-        raise ValueError(f"{where} has a mask, and its image has no height and width in the annotations")
+        raise ValueError(f"{name} has a mask, and its image has no height and width in the annotations")
     if isinstance(segmentation, Mapping):
-        try:
-            counts = rle_counts(dict(segmentation))
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        if tuple(segmentation["size"]) != size:
-            raise ValueError(
-                f"{where}: its mask has size {list(segmentation['size'])}, its image {list(size)}"
-            )
-        if isinstance(segmentation["counts"], (str, bytes)):
-            return segmentation
-        return coco_mask.frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
+        compressed = _is_compressed(segmentation)
+        counts = None if compressed else _named_counts(segmentation, name).tolist()
+        found = tuple(segmentation["size"])
+        if found != size:
+            raise ValueError(f"{name}: its mask has size {list(found)}, its image {list(size)}")
+        return segmentation if compressed else coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
     polygons = [polygon for polygon in segmentation if polygon]
     for polygon in polygons:
-        if (
-            not isinstance(polygon, Sequence)
-            or len(polygon) < 6
-            or len(polygon) % 2
-            or not all(map(_is_number, polygon))
-        ):
-            raise ValueError(
-                f"{where}: a polygon must be an even count of at least 6 finite numbers, x and y in turn"
-            )
+        numbers = isinstance(polygon, Sequence) and all(map(_is_number, polygon))
+        if not numbers or len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(f"{name}: a polygon must be 6, 8 or more finite numbers, x and y in turn")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, *size))

@@ -16,7 +16,7 @@ those without detections. What pycocotools leaves open is settled here:
 Letters, as in COCO: `T` IoU thresholds, `R` recalls, `K` classes, `A` area ranges, `M` detection limits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def evaluate_results(
     metrics: dict[str, Metrics] = {}
     per_class: dict[str, dict[str, Metrics]] = {name: {} for name in truth.categories.values()}
     for kind in kinds:
-        curves = accumulate(truth, found, kind, limit, AREA_RANGES)
+        curves = Matches(truth, found, kind, limit, AREA_RANGES).curves()
         metrics[kind] = _metrics(curves)
         for index, category_id in enumerate(_in_order(truth.categories)):
             precision = curves.precision[:, :, index, 0, -1]  # [T, R]
@@ -142,42 +142,53 @@ def of_images(
     """The part of annotations and results that belongs to some images."""
     sizes = {image_id: size for image_id, size in truth.sizes.items() if image_id in image_ids}
     instances = [one for one in truth.instances if one.image_id in image_ids]
-    return replace(truth, sizes=sizes, instances=instances), [
-        one for one in found if one.image_id in image_ids
-    ]
+    return replace(truth, sizes=sizes, instances=instances), [one for one in found if one.image_id in image_ids]
 
 
-def accumulate(
-    truth: GroundTruth,
-    found: Sequence[Instance],
-    kind: str,
-    max_detections: int,
-    area_ranges: Mapping[str, tuple[float, float]],
-) -> Curves:
-    """Match detections with objects and gather precision and recall.
+class Matches:
+    """Detections matched with objects, image by image; curves can be drawn over all images or any part of them.
 
     Args:
         kind: "bbox" or "segm".
-        area_ranges: name -> smallest and largest area; they become axis A in their order. Axis K is the
-            category ids in rising order, axis M the limits 1, 10 and `max_detections`.
+        area_ranges: name -> smallest and largest area; they become axis A in their order. Axis K is the category
+            ids in rising order, axis M the limits 1, 10 and `max_detections`.
     """
-    limits = [1, min(10, max_detections), max_detections]
-    thresholds, recalls, classes = 10, 101, len(truth.categories)
-    if not truth.sizes or not truth.categories:
-        shape = (classes, len(area_ranges), len(limits))
-        return Curves(np.full((thresholds, recalls, *shape), -1.0), np.full((thresholds, *shape), -1.0))
-    if kind == "segm":
-        objects = [_mask_object(one, truth) for one in truth.instances]
-    else:
-        objects = [replace(one, rle=None) for one in truth.instances]
-        found = [replace(one, rle=None, area=one.box[2] * one.box[3]) for one in found]
-    evaluator = COCOeval_faster(_coco(objects, truth), _coco(found, truth), kind)
-    evaluator.params.maxDets = limits
-    evaluator.params.areaRng = [list(span) for span in area_ranges.values()]
-    evaluator.params.areaRngLbl = list(area_ranges)
-    evaluator.evaluate()
-    evaluator.accumulate()
-    return Curves(evaluator.eval["precision"], evaluator.eval["recall"])
+
+    def __init__(
+        self,
+        truth: GroundTruth,
+        found: Sequence[Instance],
+        kind: str,
+        max_detections: int,
+        area_ranges: Mapping[str, tuple[float, float]],
+    ) -> None:
+        limits = [1, min(10, max_detections), max_detections]
+        self.image_ids = _in_order(truth.sizes)
+        self.shape = (len(truth.categories), len(area_ranges), len(limits))
+        if kind == "segm":
+            objects = [_mask_object(one, truth) for one in truth.instances]
+        else:
+            objects = [replace(one, rle=None) for one in truth.instances]
+            found = [replace(one, rle=None, area=one.box[2] * one.box[3]) for one in found]
+        evaluator = COCOeval_faster(_coco(objects, truth), _coco(found, truth), kind, separate_eval=True)
+        evaluator.params.maxDets = limits
+        evaluator.params.areaRng = [list(span) for span in area_ranges.values()]
+        evaluator.params.areaRngLbl = list(area_ranges)
+        self.evaluator = evaluator
+        if self.image_ids and truth.categories:
+            evaluator.evaluate()
+            # By category and area range, one entry for each image. The evaluator draws its curves from this list.
+            self.by_image = np.array(evaluator._evalImgs_cpp, dtype=object).reshape(-1, len(self.image_ids))
+
+    def curves(self, image_ids: Collection[ImageId] | None = None) -> Curves:
+        """Precision and recall over these images, by default all."""
+        chosen = [i for i, one in enumerate(self.image_ids) if image_ids is None or one in image_ids]
+        if not chosen or 0 in self.shape:
+            return Curves(np.full((10, 101, *self.shape), -1.0), np.full((10, *self.shape), -1.0))
+        self.evaluator._evalImgs_cpp = self.by_image[:, chosen].ravel().tolist()
+        self.evaluator._paramsEval.imgIds = [i + 1 for i in chosen]
+        self.evaluator.accumulate()
+        return Curves(self.evaluator.eval["precision"], self.evaluator.eval["recall"])
 
 
 def format_table(evaluation: Evaluation) -> str:
@@ -229,9 +240,7 @@ def _mask_object(one: Instance, truth: GroundTruth) -> Instance:
         return one
     size = truth.sizes[one.image_id]
     if size is None:
-        raise ValueError(
-            f"image {one.image_id!r} of the annotations lacks height and width, which masks need"
-        )
+        raise ValueError(f"image {one.image_id!r} of the annotations lacks height and width, which masks need")
     return replace(one, crowd=True, rle=box_region(one.box, size))
 
 

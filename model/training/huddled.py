@@ -9,7 +9,6 @@ detections are matched with objects of their own class, as always, and then thos
 together, which gives one curve of precision and recall for each IoU threshold.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +26,9 @@ from dsg.model.training.coco_instances import (
 )
 from dsg.model.training.evaluation import (
     AREA_RANGES,
-    accumulate,
+    Matches,
     detection_limit,
     mean_of_known,
-    of_images,
 )
 
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -100,12 +98,24 @@ def evaluate_huddled(
     found, has_masks = read_results(list(results), truth)
     limit = detection_limit(truth, max_detections)
     overlaps = _largest_overlaps(truth)
-    rows = [_row(truth, found, has_masks, limit, list(truth.sizes), None, None)]
-    for overlap in THRESHOLDS:
-        for proportion in THRESHOLDS:
-            image_ids = _subset(overlaps, overlap, proportion)
-            rows.append(_row(truth, found, has_masks, limit, image_ids, overlap, proportion))
-    return rows
+    objects = {image_id: len(of_image) for image_id, of_image in overlaps.items()}
+    pooled, found, pairs = _one_class(truth, found)
+    everything = {"all": AREA_RANGES["all"]}
+    matches = {
+        kind: Matches(pooled, found, kind, limit, everything) for kind in (("bbox", "segm") if has_masks else ("bbox",))
+    }
+
+    def row(overlap: float | None, proportion: float | None, image_ids: Sequence[ImageId]) -> HuddledRow:
+        chosen = {number for image_id in image_ids for number in pairs[image_id]}
+        average = {kind: mean_of_known(one.curves(chosen).precision[..., -1]) for kind, one in matches.items()}
+        number = sum(objects.get(image_id, 0) for image_id in image_ids)
+        return HuddledRow(overlap, proportion, len(image_ids), number, average["bbox"], average.get("segm"))
+
+    return [row(None, None, list(truth.sizes))] + [
+        row(overlap, proportion, _subset(overlaps, overlap, proportion))
+        for overlap in THRESHOLDS
+        for proportion in THRESHOLDS
+    ]
 
 
 def format_huddled(rows: Sequence[HuddledRow]) -> str:
@@ -139,39 +149,25 @@ def _subset(overlaps: Mapping[ImageId, np.ndarray], overlap: float, proportion: 
     return [image_id for image_id, largest in overlaps.items() if (largest > overlap).mean() > proportion]
 
 
-def _row(
-    truth: GroundTruth,
-    found: Sequence[Instance],
-    has_masks: bool,
-    max_detections: int,
-    image_ids: Sequence[ImageId],
-    overlap: float | None,
-    proportion: float | None,
-) -> HuddledRow:
-    truth, found = of_images(truth, found, set(image_ids))
-    pooled, found = _one_class(truth, found)
-    everything = {"all": AREA_RANGES["all"]}
-    average = {"bbox": None, "segm": None}
-    for kind in average if has_masks else ["bbox"]:
-        average[kind] = mean_of_known(
-            accumulate(pooled, found, kind, max_detections, everything).precision[..., -1]
-        )
-    objects = sum(not one.crowd for one in truth.instances)
-    return HuddledRow(overlap, proportion, len(image_ids), objects, average["bbox"], average["segm"])
-
-
-def _one_class(truth: GroundTruth, found: Sequence[Instance]) -> tuple[GroundTruth, list[Instance]]:
-    """Every class of every image as an image of its own, with one class.
+def _one_class(
+    truth: GroundTruth, found: Sequence[Instance]
+) -> tuple[GroundTruth, list[Instance], dict[ImageId, list[ImageId]]]:
+    """Every class of every image as an image of its own, with one class, and which of these an image became.
 
     So matching stays within image and class, and all is ranked on one curve.
     """
-    numbers: dict[tuple[ImageId, int], int] = defaultdict(lambda: len(numbers))
-    instances, found = (
+    numbers: dict[tuple[ImageId, int], ImageId] = {}
+    for one in (*truth.instances, *found):
+        numbers.setdefault((one.image_id, one.category_id), len(numbers))
+    objects, detections = (
         [replace(one, image_id=numbers[one.image_id, one.category_id], category_id=1) for one in group]
         for group in (truth.instances, found)
     )
+    pairs: dict[ImageId, list[ImageId]] = {image_id: [] for image_id in truth.sizes}
+    for (image_id, _), number in numbers.items():
+        pairs[image_id].append(number)
     sizes = {number: truth.sizes[image_id] for (image_id, _), number in numbers.items()}
-    return GroundTruth(sizes, {1: "any"}, instances), found
+    return GroundTruth(sizes, {1: "any"}, objects), detections, pairs
 
 
 def _cell(row: HuddledRow) -> str:

@@ -284,9 +284,7 @@ def test_ids_that_pycocotools_stumbles_over():
 
 
 def test_classes_of_one_name_stay_apart():
-    annotations = document(
-        {1: [(1, (0, 0, 9, 9)), (2, (50, 50, 9, 9))]}, categories=((1, "x"), (2, "x"), (3, "y"))
-    )
+    annotations = document({1: [(1, (0, 0, 9, 9)), (2, (50, 50, 9, 9))]}, categories=((1, "x"), (2, "x"), (3, "y")))
     evaluation = evaluate_results(annotations, results_of(annotations)[:1])
     assert {name: parts["bbox"]["AP"] for name, parts in evaluation.per_class.items()} == {
         "x (1)": pytest.approx(1.0),

@@ -53,9 +53,7 @@ def random_set(seed):
         for category_id, box in boxes[image_id] * 2:
             near = tuple(float(v) for v in np.maximum(np.array(box) + rng.integers(-6, 7, 4), 1))
             wrong = rng.random() < 0.2
-            results.append(
-                result(image_id, 1 + category_id % 3 if wrong else category_id, near, float(rng.random()))
-            )
+            results.append(result(image_id, 1 + category_id % 3 if wrong else category_id, near, float(rng.random())))
     return document(boxes), results
 
 
@@ -135,9 +133,7 @@ def test_rows_equal_a_slow_loop(seed):
         assert row.images == len(image_ids)
         if row.objects:
             # Boxes and masks are the same whole pixels here.
-            assert row.bbox == pytest.approx(
-                slow_average_precision(annotations, results, image_ids), abs=1e-9
-            )
+            assert row.bbox == pytest.approx(slow_average_precision(annotations, results, image_ids), abs=1e-9)
             assert row.segm == pytest.approx(row.bbox, abs=1e-9)
         else:
             assert row.bbox is None and row.segm is None
@@ -146,9 +142,7 @@ def test_rows_equal_a_slow_loop(seed):
 
 def test_the_mean_is_over_objects_not_classes():
     # Nine objects of class 1 found, one of class 2 missed: .5 over classes, 91 of 101 recalls over objects.
-    annotations = document(
-        {1: [(1, (30 * i, 0, 20, 20)) for i in range(9)] + [(2, (0, 100, 20, 20))]}, (1, 2)
-    )
+    annotations = document({1: [(1, (30 * i, 0, 20, 20)) for i in range(9)] + [(2, (0, 100, 20, 20))]}, (1, 2))
     results = [result(1, 1, (30 * i, 0, 20, 20), 0.9, masks=False) for i in range(9)]
     rows = evaluate_huddled(annotations, results)
     assert rows[0].bbox == pytest.approx(91 / 101) and rows[0].segm is None
