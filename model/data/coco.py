@@ -106,9 +106,7 @@ def join(parts: Sequence[CocoData]) -> CocoData:
     for part in parts:
         new_labels = [0] + [labels[category.name] for category in part.categories]
         for record in part.records:
-            objects = tuple(
-                replace(one, category_id=new_labels[one.category_id]) for one in record.annotations
-            )
+            objects = tuple(replace(one, category_id=new_labels[one.category_id]) for one in record.annotations)
             if record.id in seen:
                 file_id = record.id if record.file_id is None else record.file_id
                 record, next_id = replace(record, id=next_id, file_id=file_id), next_id + 1

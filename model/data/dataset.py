@@ -23,8 +23,8 @@ SAMPLE_STREAM = 1
 class SampleKey(NamedTuple):
     """What a sample is, random numbers included."""
 
-    index: int
-    """Number of the picture, 0 to len - 1."""
+    picture: int
+    """Its number in the data, 0 to len - 1."""
     epoch: int = 0
     lap: int = 0
     """Above 0 where a picture comes up once more within an epoch, to fill a batch."""
@@ -91,12 +91,12 @@ class CocoDataset(Dataset[Sample]):
             IndexError: no such picture.
         """
         key = key if isinstance(key, SampleKey) else SampleKey(key)
-        if not 0 <= key.index < len(self):
-            raise IndexError(f"sample {key.index} of {len(self)}")
+        if not 0 <= key.picture < len(self):
+            raise IndexError(f"sample {key.picture} of {len(self)}")
         if self.transform is None:
-            return self._plain(key.index)
-        rng = np.random.default_rng([self.seed, SAMPLE_STREAM, key.epoch, key.lap, key.index])
-        sample = self._varied(key.index, self.transform, rng)
+            return self._plain(key.picture)
+        rng = np.random.default_rng([self.seed, SAMPLE_STREAM, key.epoch, key.lap, key.picture])
+        sample = self._varied(key.picture, self.transform, rng)
         if self._pasteable and rng.random() < self.transform.config.copy_paste:
             above = self._pasteable[int(rng.integers(len(self._pasteable)))]
             sample = copy_paste(sample, self._varied(above, self.transform, rng), rng)
@@ -117,9 +117,7 @@ class CocoDataset(Dataset[Sample]):
         record, config = self.data.records[index], transform.config
         view = transform.draw_view(record.size, rng)
         picture = self._picture(index)
-        image, target = make_sample(
-            picture, record.annotations, record.id, view, config.min_visible, config.min_side
-        )
+        image, target = make_sample(picture, record.annotations, record.id, view, config.min_visible, config.min_side)
         return transform.change_colors(image, rng), target
 
     def _picture(self, index: int) -> Image.Image:
@@ -131,9 +129,7 @@ class CocoDataset(Dataset[Sample]):
     def _decode_all(self) -> list[np.ndarray]:
         """uint8 [H, W, 3] of each picture. Decoders let go of the interpreter's lock, so threads serve."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(
-                pool.map(lambda record: np.array(read_picture(record.path, record.size)), self.data.records)
-            )
+            return list(pool.map(lambda record: np.array(read_picture(record.path, record.size)), self.data.records))
 
 
 def collate(samples: list[Sample]) -> tuple[list[Tensor], list[dict[str, Any]]]:

@@ -133,18 +133,18 @@ def _pack(batch: Batch) -> Batch:
     run into the usual limit of 1024 with a few workers.
     """
     images, targets = batch
-    groups: dict[torch.dtype, list[tuple[dict[str, Any] | list[Tensor], Any]]] = {}
-    holders = [(images, place) for place in range(len(images))]
-    holders += [(target, key) for target in targets for key in target if isinstance(target[key], Tensor)]
-    for holder, key in holders:
-        groups.setdefault(holder[key].dtype, []).append((holder, key))
-    for places in groups.values():
-        tensors = [holder[key] for holder, key in places]
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        for (holder, key), tensor, part in zip(places, tensors, parts, strict=True):
-            holder[key] = part.view(tensor.shape)
-    return images, targets
+    keys = [[key for key, value in target.items() if isinstance(value, Tensor)] for target in targets]
+    tensors = images + [target[key] for target, names in zip(targets, keys, strict=True) for key in names]
+    packed = list(tensors)
+    for dtype in {tensor.dtype for tensor in tensors}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        flat = torch.cat([tensors[place].reshape(-1) for place in places])
+        parts = flat.split([tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            packed[place] = part.view(tensors[place].shape)
+    rest = iter(packed[len(images) :])
+    filled = [{**target, **{key: next(rest) for key in names}} for target, names in zip(targets, keys, strict=True)]
+    return packed[: len(images)], filled
 
 
 class _Loader:

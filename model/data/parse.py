@@ -7,7 +7,7 @@ collects all.
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -87,9 +87,7 @@ def parse(path: Path, document: dict[str, Any], images_dir: Path, findings: Find
         seen.add(raw["id"])
         image = raw.get("image_id")
         if not _is_int(image) or image not in images:
-            findings.error(
-                f"{where}: image_id is {image!r}, no image has that id; add the image or remove this"
-            )
+            findings.error(f"{where}: image_id is {image!r}, no image has that id; add the image or remove this")
             continue
         annotation = _annotation(where, raw, images[image], labels, findings)
         if annotation:
@@ -105,9 +103,7 @@ def parse(path: Path, document: dict[str, Any], images_dir: Path, findings: Find
     return CocoData(tuple(records), categories)
 
 
-def _categories(
-    path: Path, raw: list[Any], findings: Findings
-) -> tuple[tuple[Category, ...], dict[int, int]]:
+def _categories(path: Path, raw: list[Any], findings: Findings) -> tuple[tuple[Category, ...], dict[int, int]]:
     """The categories in the file's order, and label by category id."""
     categories: list[Category] = []
     labels: dict[int, int] = {}
@@ -143,11 +139,9 @@ def _images(path: Path, raw: list[Any], findings: Findings) -> dict[int, dict[st
         if not _is_text(entry.get("file_name")):
             findings.error(f"{where}: has no 'file_name'; add its path below the images directory")
             continue
-        size = entry.get("height"), entry.get("width")
-        if not all(_is_int(side) and side > 0 for side in size):
-            findings.error(
-                f"{where}: height and width are {size[0]!r} and {size[1]!r}; give its size in pixels"
-            )
+        height, width = entry.get("height"), entry.get("width")
+        if not (_is_int(height) and _is_int(width) and height > 0 and width > 0):
+            findings.error(f"{where}: height and width are {height!r} and {width!r}; give its size in pixels")
             continue
         images[entry["id"]] = entry
     return images
@@ -155,9 +149,7 @@ def _images(path: Path, raw: list[Any], findings: Findings) -> dict[int, dict[st
 
 def _licences(raw: Any) -> dict[Any, str]:
     entries = [entry for entry in raw if isinstance(entry, dict)] if isinstance(raw, list) else []
-    named = [
-        entry for entry in entries if isinstance(entry.get("id"), int | str) and _is_text(entry.get("name"))
-    ]
+    named = [entry for entry in entries if isinstance(entry.get("id"), int | str) and _is_text(entry.get("name"))]
     return {entry["id"]: entry["name"] for entry in named}
 
 
@@ -167,9 +159,7 @@ def _annotation(
     """One annotation, or None if it is left out."""
     category, crowd = raw.get("category_id"), raw.get("iscrowd", 0)
     if not _is_int(category) or category not in labels:
-        findings.error(
-            f"{where}: category_id is {category!r}, no category has that id; add it or correct this"
-        )
+        findings.error(f"{where}: category_id is {category!r}, no category has that id; add it or correct this")
         return None
     if crowd not in (0, 1):
         findings.error(f"{where}: iscrowd is {crowd!r}; it must be 0 or 1")
@@ -244,9 +234,9 @@ def _shown(box: tuple[float, ...]) -> str:
     return "(" + ", ".join(f"{value:g}" for value in box) + ")"
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return type(value) is int
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value)

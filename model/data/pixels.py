@@ -38,8 +38,9 @@ def read_picture(
     try:
         with Image.open(path) as picture:
             # Phones write photos as MPO: the first frame is the photo, the others are previews of it.
-            if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
-                raise DataError(f"{path}: has {picture.n_frames} pages or frames; give one picture per file")
+            frames = getattr(picture, "n_frames", 1)
+            if frames > 1 and picture.format != "MPO":
+                raise DataError(f"{path}: has {frames} pages or frames; give one picture per file")
             if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
                 raise DataError(f"{path}: its numbers have no known range; convert it to 8 or 16 bits")
             orientation = picture.getexif().get(_ORIENTATION, 1)

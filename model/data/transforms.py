@@ -61,9 +61,7 @@ class AugmentConfig:
         if any(side < 1 for side in self.short_sides):
             raise ValueError(f"augment.short_sides is {list(self.short_sides)}; each must be 1 pixel or more")
         if self.short_side_range and len(self.short_sides) < 2:
-            raise ValueError(
-                f"augment.short_side_range needs two augment.short_sides, got {list(self.short_sides)}"
-            )
+            raise ValueError(f"augment.short_side_range needs two augment.short_sides, got {list(self.short_sides)}")
         if self.crop_size < 0:
             raise ValueError(f"augment.crop_size is {self.crop_size}; it must be 0 (off) or pixels")
         if not self.crop_size and self.short_sides and self.long_side < max(self.short_sides):

@@ -54,7 +54,7 @@ def test_an_epoch_has_every_picture_once(length, size, drop_last, grouped):
         keys = [key for k in range(batches.batches_per_epoch) for key in batches.batch(start + k)]
         assert len(keys) == batches.batches_per_epoch * size == len(set(keys))
         assert {key.epoch for key in keys} == {epoch}
-        first_lap = Counter(key.index for key in keys if key.lap == 0)
+        first_lap = Counter(key.picture for key in keys if key.lap == 0)
         assert set(first_lap.values()) == {1}
         if len(keys) >= length:
             assert len(first_lap) == length
@@ -71,7 +71,7 @@ def test_groups_are_kept_apart_as_far_as_possible():
     batches = TrainBatches(50, 4, seed=0, groups=groups)
     mixed = 0
     for k in range(batches.batches_per_epoch):
-        mixed += len({bool(groups[key.index]) for key in batches.batch(k)}) > 1
+        mixed += len({bool(groups[key.picture]) for key in batches.batch(k)}) > 1
     # 17 = 4 * 4 + 1 and 33 = 8 * 4 + 1: what is left over makes no full batch.
     assert mixed == 0 and batches.batches_per_epoch == 12
 
@@ -79,7 +79,7 @@ def test_groups_are_kept_apart_as_far_as_possible():
 def test_order_is_new_in_each_epoch_and_by_seed():
     def order(seed, epoch):
         batches = TrainBatches(20, 5, seed=seed)
-        return [key.index for k in range(4) for key in batches.batch(4 * epoch + k)]
+        return [key.picture for k in range(4) for key in batches.batch(4 * epoch + k)]
 
     orders = [tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)]
     assert len(set(orders)) == 9
@@ -148,10 +148,10 @@ def test_batches_have_one_orientation_unless_the_crop_makes_them_alike(dataset):
     assert loader.batches_per_epoch == 3
     wide = dataset.wide()  # 6 wide ones and 3 high ones
     for k in range(6):
-        assert len({bool(wide[key.index]) for key in loader.batches.batch(k)}) == 1
+        assert len({bool(wide[key.picture]) for key in loader.batches.batch(k)}) == 1
     square = CocoDataset(dataset.data, Augment(AugmentConfig(crop_size=16)))
     loader = build_train_loader(square, 3, seed=0, workers=0)
-    assert any(len({bool(wide[key.index]) for key in loader.batches.batch(k)}) == 2 for k in range(6))
+    assert any(len({bool(wide[key.picture]) for key in loader.batches.batch(k)}) == 2 for k in range(6))
     images, targets = next(iter(loader))
     assert {image.shape for image in images} == {(3, 16, 16)} and len(targets) == 3
 
