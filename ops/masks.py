@@ -40,7 +40,7 @@ _FURTHEST = 1 << 40
 class _Window(NamedTuple):
     """Where one box shows in the picture; rows and columns are half open."""
 
-    index: int
+    number: int
     top: int
     bottom: int
     left: int
@@ -72,7 +72,7 @@ def paste_masks(
     probs = _checked(probs, boxes, image_size)
     masks = torch.zeros((len(probs), *image_size), dtype=torch.bool, device=probs.device)
     for window, bits in _pasted_windows(probs, boxes, image_size, threshold):
-        masks[window.index, window.top : window.bottom, window.left : window.right] = bits
+        masks[window.number, window.top : window.bottom, window.left : window.right] = bits
     return masks
 
 
@@ -118,7 +118,7 @@ def _count_runs(
     begin = 0
     for window, bits in windows:
         pixels = flat[begin : begin + bits.numel()].reshape(bits.shape)  # [h, w]
-        counts[window.index] = window_counts(pixels, window.top, window.left, image_size)
+        counts[window.number] = window_counts(pixels, window.top, window.left, image_size)
         begin += bits.numel()
 
 
@@ -145,7 +145,7 @@ def _pasted_windows(
     """Each mask that shows in the picture: its window, and the window's bits, [h, w] on probs' device."""
     padded = F.pad(probs, (1, 1, 1, 1))  # [N, m + 2, m + 2]
     for window in _windows(boxes, probs.shape[-1], image_size):
-        mask = padded[window.index]  # [m + 2, m + 2]
+        mask = padded[window.number]  # [m + 2, m + 2]
         visible = (window.bottom - window.top) * (window.right - window.left)
         rows = slice(window.top - window.box_top, window.bottom - window.box_top)
         columns = slice(window.left - window.box_left, window.right - window.box_left)
@@ -210,9 +210,7 @@ def _window_values(
     above, below, weight_above, weight_below = _neighbours(mask, size[0], rows, fused)  # [h] each
     before, after, weight_before, weight_after = _neighbours(mask, size[1], columns, fused)  # [w] each
     across = _multiply_add(mask[:, before], weight_before, mask[:, after] * weight_after, fused)  # [s, w]
-    return _multiply_add(
-        across[above], weight_above[:, None], across[below] * weight_below[:, None], fused
-    )  # [h, w]
+    return _multiply_add(across[above], weight_above[:, None], across[below] * weight_below[:, None], fused)  # [h, w]
 
 
 def _neighbours(mask: Tensor, size: int, span: slice, fused: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

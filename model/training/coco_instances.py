@@ -113,7 +113,7 @@ def read_results(results: Sequence[Mapping[str, Any]], truth: GroundTruth) -> tu
             raise ValueError(f"{name} has a segmentation and others have none; give one to all results or to none")
         if not has_masks and entry.get("bbox") is None:
             raise ValueError(f"{name} has neither bbox nor segmentation")
-        score = entry.get("score")
+        score: Any = entry.get("score")
         if not _is_number(score):
             raise ValueError(f"{name}: score must be a finite number, not {score!r}")
         instances.append(
