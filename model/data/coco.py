@@ -52,8 +52,7 @@ def read_coco(json_path: str | Path, images_dir: str | Path | None = None) -> Co
         images_dir: where `file_name` starts from; None: `images/` beside the file.
 
     Raises:
-        DataError: the file or something in it cannot be used; one line that names the file and the
-        annotation.
+        DataError: the file or something in it cannot be used; one line that names file and annotation.
     """
     path = Path(json_path)
     findings = _StopAtError()
@@ -70,10 +69,10 @@ def _images_dir(path: Path, images_dir: str | Path | None) -> Path:
 
 
 def join(parts: Sequence[CocoData]) -> CocoData:
-    """Several files as one set. Categories of the same name become one, with the id of the first file that
-    has it.
+    """Several files as one set, categories joined by name.
 
-    Labels follow the order in which names first come up. Image ids stay as they are, but one that an
+    A category has the id and supercategory of the first file that names it. Labels follow the order in which
+    names first come up. Image ids stay as they are, but one that an
     earlier part uses already becomes the next number above all ids; `ImageRecord.file_id` then keeps the
     old one. Annotation ids stay, and are unique within their own file only.
 
@@ -120,9 +119,9 @@ def split(data: CocoData, fraction: float = 0.1) -> tuple[CocoData, CocoData]:
 
     A picture is for validation if the first 8 bytes of the SHA-256 of its id in decimal (`file_id` where
     `join` gave it another), read as a big-endian number over 2**64, are below `fraction`. So it depends on
-    nothing but the id: not on the machine, the run, the order, or which other pictures there are. Neither
-    part is ever left empty: the picture with the lowest number is always for validation, the one with the
-    highest for training.
+    nothing but the id: not on the machine, the run, the order, or which other pictures there are. Only
+    where a small set would leave a part empty, that part gets one picture: validation the one with the
+    lowest number, training the one with the highest.
 
     Args:
         data: at least two pictures.
@@ -141,7 +140,9 @@ def split(data: CocoData, fraction: float = 0.1) -> tuple[CocoData, CocoData]:
         raise DataError("one picture cannot be split into training and validation; give a validation file")
     places = [_place(record.id if record.file_id is None else record.file_id) for record in data.records]
     order = sorted(range(len(places)), key=places.__getitem__)
-    chosen = {index for index in order[1:-1] if places[index] < fraction} | {order[0]}
+    chosen = {index for index in order if places[index] < fraction} or {order[0]}
+    if len(chosen) == len(order):
+        chosen.remove(order[-1])
     train = tuple(record for index, record in enumerate(data.records) if index not in chosen)
     val = tuple(record for index, record in enumerate(data.records) if index in chosen)
     return replace(data, records=train), replace(data, records=val)

@@ -44,7 +44,6 @@ class CocoDataset(Dataset[Sample]):
         *,
         seed: int = 0,
         cache_images: bool = False,
-        pictures_only: bool = False,
     ) -> None:
         """Checks that all picture files are there; they are decoded later, or now with `cache_images`.
 
@@ -53,16 +52,13 @@ class CocoDataset(Dataset[Sample]):
             transform: how samples are varied; None for evaluation.
             seed: start of all random numbers, 0 or more.
             cache_images: keep all pictures decoded in memory, 3 bytes a pixel; forked workers share it.
-            pictures_only: targets hold `image_id` alone, and no mask is drawn; for prediction.
 
         Raises:
             DataError: pictures are missing, or, with `cache_images`, cannot be decoded.
-            ValueError: a negative seed, or `pictures_only` together with a transform.
+            ValueError: a negative seed.
         """
         if seed < 0:
             raise ValueError(f"seed is {seed}; it must be 0 or more")
-        if pictures_only and transform is not None:
-            raise ValueError("pictures_only gives pictures as they are; leave out the transform")
         missing = [record.path for record in data.records if not record.path.is_file()]
         if missing:
             raise DataError(
@@ -72,7 +68,6 @@ class CocoDataset(Dataset[Sample]):
         self.data = data
         self.transform = transform
         self.seed = seed
-        self.pictures_only = pictures_only
         self._pasteable = [
             index
             for index, record in enumerate(data.records)
@@ -108,10 +103,7 @@ class CocoDataset(Dataset[Sample]):
 
     def _plain(self, index: int) -> Sample:
         record, picture = self.data.records[index], self._picture(index)
-        view = View.whole(record.size)
-        if self.pictures_only:
-            return view.map_picture(picture), {"image_id": record.id}
-        return make_sample(picture, record.annotations, record.id, view)
+        return make_sample(picture, record.annotations, record.id, View.whole(record.size))
 
     def _varied(self, index: int, transform: Augment, rng: np.random.Generator) -> Sample:
         record, config = self.data.records[index], transform.config

@@ -69,14 +69,6 @@ def test_a_mask_too_thin_for_any_pixel_is_a_box_only(make_coco):
     assert target["has_mask"].tolist() == [False] and len(target["boxes"]) == 1
 
 
-def test_pictures_only(path):
-    dataset = CocoDataset(read_coco(path), pictures_only=True)
-    image, target = dataset[1]
-    assert image.shape == (3, 24, 16) and target == {"image_id": 2}
-    with pytest.raises(ValueError, match="leave out the transform"):
-        CocoDataset(read_coco(path), Augment(AugmentConfig()), pictures_only=True)
-
-
 VARIED = AugmentConfig(crop_size=32, scale_range=(0.5, 2.0), color_jitter=0.5, copy_paste=0.5, quarter_turn=0.5)
 
 
