@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -122,7 +123,7 @@ class Batcher:
             self._changed.notify()
         for job in jobs:
             # Not left until its turn: clients that hang up by the hundred must not fill the memory.
-            job.future.add_done_callback(lambda future, job=job: future.cancelled() and self._forget(job))
+            job.future.add_done_callback(partial(self._forget, job))
         return [job.future for job in jobs]
 
     def seconds_per_picture(self) -> float:
@@ -136,7 +137,9 @@ class Batcher:
             return "the device thread has died"
         return self._fault
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: _Job, future: "Future[Outcome]") -> None:
+        if not future.cancelled():
+            return
         with self._changed:
             jobs = self._buckets.get(job.bucket)
             if jobs is None or job not in jobs:

@@ -41,8 +41,8 @@ def draw_instances(
         bits, top, left = mask_window(annotation["segmentation"])
         h, w = bits.shape
         window = canvas[top : top + h, left : left + w]  # [h, w, 3]
-        colour = np.array(colour_of(index))
-        window[bits] = np.round(window[bits] * (1 - _OPACITY) + colour * _OPACITY).astype(np.uint8)
+        tint = np.array(colour_of(index))
+        window[bits] = np.round(window[bits] * (1 - _OPACITY) + tint * _OPACITY).astype(np.uint8)
     image = Image.fromarray(canvas)
     draw = ImageDraw.Draw(image)
     smallest, largest = _TEXT_PIXELS

@@ -132,7 +132,7 @@ async def metrics(service: CurrentService) -> Response:
 @router.get("/models")
 async def models(service: CurrentService) -> dict[str, list[dict[str, Any]]]:
     """The models being served, the default one first."""
-    listing = []
+    listing: list[dict[str, Any]] = []
     for name in service.models.names():
         info = service.models.get(name).info
         listing.append(

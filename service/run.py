@@ -129,7 +129,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 def _configure_log() -> None:
     """One line an event on stderr, the libraries' as well: coloured for a person, JSON for a machine."""
     pretty = sys.stderr.isatty()
-    common = [
+    common: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         *([] if pretty else [structlog.processors.format_exc_info]),

@@ -118,9 +118,9 @@ def test_413_declared(small: Server) -> None:
 
 
 def test_413_sent_without_a_declared_length(small: Server) -> None:
-    response = small.post((b"x" * 1000 for _ in range(30)))
+    response = small.post(b"x" * 1000 for _ in range(30))
     problem(response, 413, "too_many_bytes")
-    problem(small.post((b"x" * 10_000 for _ in range(1000))), 413, "too_many_bytes")
+    problem(small.post(b"x" * 10_000 for _ in range(1000)), 413, "too_many_bytes")
 
 
 def test_413_before_a_careful_client_has_sent_anything(small: Server) -> None:
