@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,9 +52,7 @@ SOURCE_SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h"}
 
 def sources(*folders: str) -> list[Path]:
     """Source files below the folders, what a build left there apart."""
-    found = [
-        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in SOURCE_SUFFIXES
-    ]
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in SOURCE_SUFFIXES]
     return sorted(path for path in found if "__pycache__" not in path.parts)
 
 
@@ -134,16 +133,12 @@ def test_a_wrong_import_is_seen(package: str, source: str) -> None:
 
 
 def test_right_imports_pass() -> None:
-    assert not violations(
-        "dsg.service", "import json\nfrom dsg.model import load\nfrom dsg.export import runtime"
-    )
+    assert not violations("dsg.service", "import json\nfrom dsg.model import load\nfrom dsg.export import runtime")
     assert not violations("dsg.cli", "from dsg.service.settings import Settings")
 
 
 def test_files_are_short() -> None:
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(*ROOMS, "tests")
-    }
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(*ROOMS, "tests")}
     assert not {name: length for name, length in lengths.items() if length > HARD_STOP}
 
 
@@ -154,5 +149,5 @@ def test_no_drawers() -> None:
 
 
 def test_names_of_test_files_are_unique() -> None:
-    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
-    assert len(names) == len(set(names))
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]
