@@ -27,7 +27,7 @@ from dsg.ops.rle import counts_to_strings, window_counts
 # A box of at most this many times its visible pixels is resized whole, by PyTorch, and then cut; so are all
 # small boxes, for which PyTorch's CPU kernel uses another arithmetic than the one that `_window_values`
 # follows.
-_WHOLE_BOX_FACTOR = 4
+_WHOLE_BOX_FACTOR = 2
 _WHOLE_BOX_PIXELS = 1 << 14
 # Windows of larger boxes are computed in blocks of rows of about this many pixels, to bound the temporaries.
 _BLOCK_PIXELS = 1 << 20
@@ -64,7 +64,7 @@ def paste_masks(
         boxes: [N, 4] as (x1, y1, x2, y2) in pixels of the picture; they may reach outside it. A box with a
             coordinate that is not finite, or one that misses the picture, gives an empty mask.
         image_size: (H, W), both at least 1.
-        threshold: a pixel is set where its probability is at least this.
+        threshold: a pixel inside a box is set where its probability is at least this; above 0.
 
     Raises:
         TypeError, ValueError: wrong dtypes or shapes.
@@ -210,7 +210,8 @@ def _window_values(
     above, below, weight_above, weight_below = _neighbours(mask, size[0], rows, fused)  # [h] each
     before, after, weight_before, weight_after = _neighbours(mask, size[1], columns, fused)  # [w] each
     across = _multiply_add(mask[:, before], weight_before, mask[:, after] * weight_after, fused)  # [s, w]
-    return _multiply_add(across[above], weight_above[:, None], across[below] * weight_below[:, None], fused)  # [h, w]
+    lower = across[below] * weight_below[:, None]  # [h, w]
+    return _multiply_add(across[above], weight_above[:, None], lower, fused)
 
 
 def _neighbours(mask: Tensor, size: int, span: slice, fused: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -57,7 +57,8 @@ def window_counts(
         keep[1:] &= ~touching
         keep[:-1] &= ~touching
         changes = changes[keep]
-    counts = np.diff(changes, prepend=0, append=height * width)
+    edges = np.concatenate(([0], changes, [height * width]))
+    counts = edges[1:] - edges[:-1]
     # No run of zeros is written after the last pixel, but a picture without a pixel set is one run of zeros.
     return counts[:-1] if len(changes) and changes[-1] == height * width else counts
 
