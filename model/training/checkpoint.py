@@ -51,8 +51,11 @@ class TrainState:
     """Validations since the best one."""
     validated_at: int = 0
     """Steps done at the last validation, so that a run stopped just before one makes up for it."""
-    seconds: float = field(default=0.0, compare=False)
+    seconds: float = 0.0
     """Time spent in training over all parts of the run."""
+    origin: dict[str, str] = field(default_factory=dict)
+    """Name and licence of the weights that the run began with, which a resume must not forget; see
+    `release`."""
 
     @property
     def shipped_model(self) -> nn.Module:
@@ -82,6 +85,7 @@ def save_state(path: Path, state: TrainState, recipe: Recipe, data_digest: str) 
         "stale_validations": state.stale_validations,
         "validated_at": state.validated_at,
         "seconds": state.seconds,
+        "origin": state.origin,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -137,6 +141,7 @@ def load_state(path: Path, state: TrainState, recipe: Recipe, data_digest: str) 
     state.stale_validations = content["stale_validations"]
     state.validated_at = content["validated_at"]
     state.seconds = content["seconds"]
+    state.origin = content["origin"]
 
 
 def seed_step(seed: int, iteration: int, rank: int) -> None:
@@ -156,7 +161,7 @@ def _same_recipe(path: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
 
 
 def _flat(table: dict[str, Any], where: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
     return flat

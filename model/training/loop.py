@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torchvision.transforms.v2.functional import to_dtype
 
 from dsg.model.training import distributed
@@ -121,12 +121,11 @@ class TrainLoop:
         seed_step(self.recipe.run.seed, state.iteration, self.ranks.rank)
         sums: dict[str, Tensor] = {}
         for part, (images, targets) in enumerate(self._next_parts(parts)):
-            # Earlier parts' gradients stay on this process; the last part's backward averages their sum over
-            # all.
-            is_local = part < parts - 1 and isinstance(self.network, DistributedDataParallel)
-            with self.network.no_sync() if is_local else nullcontext():
+            # Earlier parts' gradients stay on this process; the last backward averages their sum over all.
+            network, is_last = self.network, part == parts - 1
+            with network.no_sync() if isinstance(network, DDP) and not is_last else nullcontext():
                 with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                    losses = self.network(images, targets)
+                    losses = network(images, targets)
                 total = torch.stack([loss.float() for loss in losses.values()]).sum() / parts
                 state.scaler.scale(total).backward()
             for name, loss in losses.items():

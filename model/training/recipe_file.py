@@ -166,7 +166,8 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if isinstance(value, Mapping):
             return from_table(typing.cast(type, kind), value, f"{where}.")
-        raise ValueError(f"{where} is {value!r}; it is a section: set its keys, such as {keys(kind, where + '.')[0]}")
+        first = keys(typing.cast(type, kind), f"{where}.")[0]
+        raise ValueError(f"{where} is {value!r}; it is a section: set its keys, such as {first}")
     if origin is Literal:
         if value in arguments:
             return value

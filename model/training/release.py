@@ -7,13 +7,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from dsg.model.data.records import CocoData
+from dsg.model.network.build import build
 from dsg.model.network.checkpoint import CheckpointError, CheckpointInfo, Resize, read_info, save_checkpoint
+from dsg.model.network.config import FIELD_NAMES
+from dsg.model.network.detector import Detector
 from dsg.model.network.predictor import shipped_weights
+from dsg.model.network.presets import preset_config, presets
 from dsg.model.training.config import Recipe
 from dsg.model.training.recipe_file import to_table
 
@@ -21,19 +27,28 @@ _OWN_LICENCE = "Apache-2.0"
 
 
 def describe(
-    recipe: Recipe, data: CocoData, *, name: str, files: Sequence[str | Path], init: str | None
+    recipe: Recipe,
+    model: nn.Module,
+    data: CocoData,
+    *,
+    name: str,
+    files: Sequence[str | Path],
+    origin: Mapping[str, str],
 ) -> CheckpointInfo:
-    """The description of a run's network, before it is trained.
+    """The description of a run's network.
 
     Args:
         recipe: of the run.
+        model: the network; one from a recipe's Python file is described by the preset that it is nearest to.
         data: training pictures; their categories and licences go in.
         name: of the weights.
         files: the data files, whose names go into the notes.
-        init: the weights that the run starts from; if they are a checkpoint, its licence goes on to hold.
+        origin: of the weights that the run began with, as `origin_of` gives it.
     """
     predict = recipe.predict
-    start = _start(init)
+    preset, overrides = recipe.model, {**recipe.overrides, "max_detections": predict.max_detections}
+    if recipe.build_file is not None:
+        preset, overrides = _nearest_preset(model) or (recipe.build_file.name, {})
     notes = {
         "data": ", ".join(Path(file).name for file in files),
         "training_pictures": str(len(data.records)),
@@ -41,20 +56,31 @@ def describe(
         "recipe": recipe.name,
         "recipe_json": json.dumps(to_table(replace(recipe, build_file=None)), sort_keys=True),
     }
-    if init:
-        notes["started_from"] = f"{start.name} ({start.licence})" if start else Path(init).name
+    if origin:
+        notes["started_from"] = origin["name"]
     return CheckpointInfo(
         name=name,
-        preset=recipe.model if recipe.build_file is None else recipe.build_file.name,
-        overrides={**recipe.overrides, "max_detections": predict.max_detections},
+        preset=preset,
+        overrides=overrides,
         categories=data.categories,
         resize=Resize(predict.short_side, predict.long_side),
         score_threshold=predict.score_threshold,
         eval_score_threshold=predict.eval_score_threshold,
-        max_detections=predict.max_detections,
-        licence=_licence(data, start),
+        max_detections=model.config.max_detections if isinstance(model, Detector) else predict.max_detections,
+        licence=_licence(data, origin),
         notes=notes,
     )
+
+
+def origin_of(init: str | None) -> dict[str, str]:
+    """Name and licence (empty where unknown) of the weights that a run begins with; {} for random ones."""
+    if init is None:
+        return {}
+    try:
+        info = read_info(shipped_weights().get(init, Path(init)))
+    except CheckpointError:  # a backbone's weights say nothing about themselves
+        return {"name": Path(init).name, "licence": ""}
+    return {"name": info.name, "licence": info.licence}
 
 
 def licence_counts(data: CocoData) -> Counter[str]:
@@ -66,19 +92,20 @@ def save_best(
     path: Path,
     model: nn.Module,
     info: CheckpointInfo,
-    recipe: Recipe,
+    *,
     iteration: int,
     metrics: Mapping[str, float],
+    half: bool,
 ) -> None:
-    """Writes the best weights so far, with how far training was and what they scored.
+    """Writes the best weights so far, with how far training was and what they scored; in float16 if `half`.
 
-    Weights of a recipe's own network (`build_file`) are kept as plain tensors under the same description; no
-    preset can build them again, so whoever wrote the network loads them with it.
+    Weights of a network that no preset builds are kept as plain tensors under the same description; whoever
+    wrote the network loads them with it.
     """
     scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "AP")
     info = replace(info, notes={**info.notes, "iterations": str(iteration), "validation": scores})
-    if recipe.build_file is None:
-        save_checkpoint(path, model, info, half=recipe.run.half)
+    if info.preset in presets():
+        save_checkpoint(path, model, info, half=half)
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -91,7 +118,7 @@ def save_best(
         raise
 
 
-def _licence(data: CocoData, start: CheckpointInfo | None) -> str:
+def _licence(data: CocoData, origin: Mapping[str, str]) -> str:
     """The project's own licence, and what the pictures' licences ask for beyond it."""
     counts = licence_counts(data)
     limits = []
@@ -100,8 +127,8 @@ def _licence(data: CocoData, start: CheckpointInfo | None) -> str:
         limits.append(f"{noncommercial} of {len(data.records)} training pictures are under NonCommercial licences")
     if counts["not stated"]:
         limits.append(f"{counts['not stated']} of {len(data.records)} training pictures state no licence")
-    if start and start.licence not in ("", _OWN_LICENCE):
-        limits.append(f"started from {start.name}: {start.licence}")
+    if origin.get("licence", "") not in ("", _OWN_LICENCE):
+        limits.append(f"started from {origin['name']}: {origin['licence']}")
     return "; ".join([_OWN_LICENCE, *limits])
 
 
@@ -110,11 +137,21 @@ def _is_noncommercial(licence: str) -> bool:
     return "nc" in words or "noncommercial" in licence.lower().replace("-", "")
 
 
-def _start(init: str | None) -> CheckpointInfo | None:
-    """The description of the weights that a run starts from, if they are a checkpoint."""
-    if init is None:
+def _nearest_preset(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+    """The preset with overrides that builds a network of these tensors; None where there is none."""
+    if not isinstance(model, Detector):
         return None
-    try:
-        return read_info(shipped_weights().get(init, Path(init)))
-    except (CheckpointError, FileNotFoundError):
-        return None  # a backbone's weights have none
+    config = model.config
+    differing = {
+        name: {
+            field: getattr(config, field)
+            for field in FIELD_NAMES
+            if field != "num_classes" and getattr(config, field) != getattr(preset_config(name), field)
+        }
+        for name in presets()
+    }
+    name = min(differing, key=lambda one: len(differing[one]))
+    with torch.device("meta"):
+        twin = build(name, config.num_classes, **differing[name])
+    shapes = [{key: value.shape for key, value in one.state_dict().items()} for one in (model, twin)]
+    return (name, differing[name]) if shapes[0] == shapes[1] else None

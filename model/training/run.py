@@ -22,7 +22,7 @@ from dsg.model.training.initial import initialise
 from dsg.model.training.log import TrainingLog
 from dsg.model.training.loop import Hooks, Metrics, TrainLoop, precision_of
 from dsg.model.training.optim import Schedule, build_optimizer
-from dsg.model.training.release import describe, save_best
+from dsg.model.training.release import describe, origin_of, save_best
 from dsg.model.training.sources import PathLike, digest_of, first_pictures, read_sets
 from dsg.model.training.validate import Validation
 
@@ -74,15 +74,15 @@ def train(
         _check_batch(recipe, ranks)
         torch.manual_seed(recipe.run.seed)
         model = build_network(recipe, len(train_set.categories))
+        begun = "init: random numbers; --init BACKBONE.safetensors learns much faster"
         if init and not resume:
-            origin = initialise(model, init)
-        else:
-            origin = "init: random numbers; --init BACKBONE.safetensors learns much faster"
+            begun = initialise(model, init)
         state = _fresh_state(model, recipe, chosen)
+        state.origin = origin_of(init)
         digest = digest_of(train_set)
         if resume:
             load_state(out / "last", state, recipe, digest)
-            origin = f"resumed {out / 'last'} at iteration {state.iteration}"
+            begun = f"resumed {out / 'last'} at iteration {state.iteration}"
 
         augment = Augment(recipe.augment)
         loader = build_train_loader(
@@ -95,7 +95,7 @@ def train(
             start=state.iteration,
         )
         schedule = Schedule.of(recipe.schedule, loader.batches_per_epoch)
-        info = describe(recipe, train_set, name=out.resolve().name, files=data, init=init)
+        info = describe(recipe, model, train_set, name=out.resolve().name, files=data, origin=state.origin)
         validation = Validation(
             first_pictures(val_set, recipe.validation.images),
             info,
@@ -108,14 +108,14 @@ def train(
 
         def keep_best(network: nn.Module, metrics: Metrics) -> None:
             if ranks.is_main:
-                save_best(best, network, info, recipe, state.iteration, metrics)
+                save_best(best, network, info, iteration=state.iteration, metrics=metrics, half=recipe.run.half)
 
         def keep_last() -> None:
             if ranks.is_main:
                 save_state(last, state, recipe, digest)
 
         with TrainingLog(out, state.iteration, schedule.iterations, ranks.is_main, console) as log:
-            for line in [*_opening(recipe, schedule, train_set, validation, chosen, ranks), origin]:
+            for line in [*_opening(recipe, schedule, train_set, validation, chosen, ranks), begun]:
                 log.say(line)
             hooks = Hooks(validation, keep_best, keep_last)
             reason = TrainLoop(state, loader, schedule, recipe, hooks, log, device=chosen, ranks=ranks).run()
@@ -156,7 +156,7 @@ def _check_batch(recipe: Recipe, ranks: distributed.Ranks) -> None:
 
 def _fresh_state(model: nn.Module, recipe: Recipe, device: torch.device) -> TrainState:
     if device.type == "cuda":
-        model = model.to(device, memory_format=torch.channels_last)  # what tensor cores convolve fastest
+        model.to(device).to(memory_format=torch.channels_last)  # what tensor cores convolve fastest
         torch.backends.cudnn.benchmark = recipe.augment.same_shape  # many shapes would each be tried out anew
     return TrainState(
         model=model,

@@ -165,7 +165,7 @@ class Validation:
             model: in eval mode.
         """
         part = results_of(
-            Predictor(model, self._info),  # type: ignore[arg-type] - a recipe's own network will do, too
+            Predictor(model, self._info),  # type: ignore[arg-type]  # a recipe's own network will do, too
             distributed.share_of(self.data.records, self._ranks),
             self._category_ids,
             score_threshold=self._info.eval_score_threshold,
@@ -179,10 +179,11 @@ class Validation:
 
     def _evaluate(self, results: Results) -> dict[str, float]:
         evaluation = evaluate_results(self._truth, results, self.max_detections)
-        metrics = {}
-        for kind, found in (("segm", evaluation.segm), ("bbox", evaluation.bbox)):
-            values = {name: found[name] for name in ("AP", "AP50")} if found else {}
-            metrics |= {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+        metrics: dict[str, float] = {}
+        for kind, found in (("segm", evaluation.segm or {}), ("bbox", evaluation.bbox)):
+            for name in ("AP", "AP50"):
+                if (value := found.get(name)) is not None:
+                    metrics[f"{kind}/{name}"] = value
         return {"AP": metrics.get("segm/AP", metrics.get("bbox/AP", 0.0)), **metrics}
 
 

@@ -1,16 +1,19 @@
 """Whole runs with the real network on a few small pictures."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dsg.model import load
 from dsg.model.data.records import DataError
+from dsg.model.network.checkpoint import read_info
 from dsg.model.network.efficientnet_lite import EfficientNetLite
 from dsg.model.training.errors import TrainingError
 from dsg.model.training.recipe_file import load_recipe
@@ -107,14 +110,14 @@ def test_two_pictures_are_learnt(shapes, body, tmp_path, capsys):
     assert "iteration 10/50  loss" in said and "finished: 50 of 50 iterations" in said
 
 
-def test_a_resumed_run_equals_a_straight_one(shapes, tmp_path, quiet):
+def test_a_resumed_run_equals_a_straight_one(shapes, body, tmp_path, quiet):
     """Real network, real loader with random flips and sizes: one step and one more are two steps, bit for
     bit."""
     file = shapes(tmp_path / "set", 3, size=64)
     settings = ["schedule.iterations=2", "augment.short_sides=[48, 64]", "augment.copy_paste=0.5", "ema.decay=0.9"]
-    train(small_recipe(*settings), [file], out=tmp_path / "straight", device="cpu", console=quiet)
+    train(small_recipe(*settings), [file], out=tmp_path / "straight", device="cpu", console=quiet, init=str(body))
     one_step = small_recipe(*settings, "run.max_seconds=1e-9")
-    stopped = train(one_step, [file], out=tmp_path / "parts", device="cpu", console=quiet)
+    stopped = train(one_step, [file], out=tmp_path / "parts", device="cpu", console=quiet, init=str(body))
     assert stopped == tmp_path / "parts" / "last"
     torch.manual_seed(77)
     with pytest.raises(TrainingError, match=r"parts holds a run already: give --resume"):
@@ -129,6 +132,7 @@ def test_a_resumed_run_equals_a_straight_one(shapes, tmp_path, quiet):
     for name, tensor in straight["ema"]["module"].items():
         assert torch.equal(tensor, parts["ema"]["module"][name]), name
     assert straight["best_ap"] == parts["best_ap"]
+    assert read_info(tmp_path / "parts" / "best.safetensors").notes["started_from"] == "body.safetensors"
 
 
 def test_other_data_are_not_resumed(shapes, tmp_path, quiet):
@@ -153,29 +157,49 @@ def test_fine_tuning_for_other_classes_leaves_the_last_layers_fresh(shapes, tmp_
     said = capsys.readouterr().err
     assert "from best.safetensors; fresh, since absent there or of another shape: " in said
     assert load(tuned, device="cpu").info.category_ids == [12]
-    assert load(tuned, device="cpu").info.notes["started_from"].startswith("first (Apache-2.0; ")
+    assert load(tuned, device="cpu").info.notes["started_from"].startswith("first")
 
 
 def test_own_network_from_a_python_file(shapes, tmp_path, quiet):
-    """A Python config trains; what it writes are the tensors of its own network."""
+    """A network of the project's parts comes out as a checkpoint like any other."""
     file = shapes(tmp_path / "set", 2, size=64)
     config = tmp_path / "own.py"
     config.write_text(
         "from dsg.model import build as preset\n"
         "def build(num_classes):\n"
-        "    return preset('mask_rcnn_lite0_fpn', num_classes, channels=16, box_head_width=32, proposals=20)\n"
+        "    return preset('mask_rcnn_lite0_fpn', num_classes, channels=16, box_head_width=32, max_detections=7)\n"
     )
     settings = ["schedule.iterations=1", "batch.images=2", "batch.workers=0", "augment.short_sides=[64, 65]"]
     recipe = load_recipe(config, settings)
     best = train(recipe, [file], out=tmp_path / "out", val=[file], device="cpu", console=quiet)
-    from safetensors import safe_open
+    info = load(best, device="cpu").info
+    assert (info.preset, info.max_detections) == ("mask_rcnn_lite0_fpn", 7)
+    assert info.overrides == {"channels": 16, "box_head_width": 32, "max_detections": 7}
 
-    with safe_open(best, framework="pt") as tensors:
-        assert any(name.startswith("mask_head.") for name in tensors.keys())
-        assert json.loads(tensors.metadata()["own_network"])["preset"] == "own.py"
     config.write_text("def build(num_classes):\n    return 'no module'\n")
     with pytest.raises(TrainingError, match=r"own.py: build\(num_classes\) gave str; it must return a torch nn.Module"):
         train(recipe, [file], out=tmp_path / "out2", val=[file], device="cpu", console=quiet)
+
+
+def test_own_network_of_other_parts(shapes, tmp_path, quiet):
+    """What no preset builds is kept as its tensors, under the same description."""
+    file = shapes(tmp_path / "set", 2, size=64)
+    config = tmp_path / "strange.py"
+    config.write_text(
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('shared', {str(Path(__file__).with_name('conftest.py'))!r})\n"
+        "shared = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(shared)\n"
+        "def build(num_classes):\n"
+        "    return shared.TinyDetector()\n"
+    )
+    recipe = load_recipe(config, ["schedule.iterations=1", "batch.images=2", "batch.workers=0", "run.half=false"])
+    best = train(recipe, [file], out=tmp_path / "out", val=[file], device="cpu", console=quiet)
+    with safe_open(best, framework="pt") as tensors:
+        description = json.loads(tensors.metadata()["own_network"])
+        assert set(tensors.keys()) >= {"head.weight", "head.bias"}
+    assert description["preset"] == "strange.py"
+    assert [category["id"] for category in description["categories"]] == [7, 3]
 
 
 def test_what_cannot_start_says_so_in_one_line(shapes, tmp_path, quiet):
@@ -214,3 +238,27 @@ def _broken(folder):
     path = folder / "broken.safetensors"
     path.write_bytes(b"no tensors")
     return path
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
+def test_on_a_gpu(precision, shapes, body, tmp_path, quiet):
+    """Mixed precision, channels-last, workers: shapes are learnt, and a stopped run goes on."""
+    file = shapes(tmp_path / "set", 4)
+    settings = [
+        "schedule.iterations=80",
+        "schedule.warmup_iterations=10",
+        "optimizer.lr=2e-3",
+        "ema.decay=0.9",
+        "batch.images=4",
+        "batch.accumulate=2",
+        "batch.workers=2",
+        f"run.precision={precision}",
+    ]
+    options = {"out": tmp_path / "out", "val": [file], "device": "cuda", "console": quiet}
+    first = train(small_recipe(*settings, "run.max_seconds=1"), [file], init=str(body), **options)
+    assert first.name == "last"
+    best = train(small_recipe(*settings), [file], resume=True, **options)
+    final = metrics_of(tmp_path / "out")[-1]
+    assert final["iteration"] == 80 and final["segm/AP"] > 0.5
+    assert load(best, device="cuda").info.notes["iterations"] == "80"
