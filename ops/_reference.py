@@ -121,6 +121,7 @@ def backward(
     for rows, y, x in _chunks(placement, sampling, channels, table.shape[0]):
         grad = grad_output[rows].to(dtype).permute(0, 2, 3, 1)  # [k, H, W, C]
         grad = _spread_bins(_spread_bins(grad, y.counts, 1), x.counts, 2) / max(y.samples * x.samples, 1)
+        grad = torch.where(_counted(placement, rows, y, x), grad, 0.0)
         if need_prob and prob is not None:
             samples = _sample_features(table, placement, rows, y, x)  # [k, ny, nx, C]
             grad_prob[rows] = _unsample_prob((grad * samples).sum(-1), prob, y, x)
@@ -185,12 +186,8 @@ def _chunks(
         step = max(1, CHUNK_ELEMENTS // max(1, out_height * out_width * fixed * fixed * channels))
         for begin in range(0, count, step):
             rows = slice(begin, min(begin + step, count))
-            y = _axis(
-                placement.start[0][rows], placement.extent[0][rows], placement.height[rows], out_height, fixed
-            )
-            x = _axis(
-                placement.start[1][rows], placement.extent[1][rows], placement.width[rows], out_width, fixed
-            )
+            y = _axis(placement.start[0][rows], placement.extent[0][rows], placement.height[rows], out_height, fixed)
+            x = _axis(placement.start[1][rows], placement.extent[1][rows], placement.width[rows], out_width, fixed)
             yield rows, y, x
         return
     numbers = [
@@ -218,9 +215,7 @@ def _chunks(
 
 def _axis(start: Tensor, extent: Tensor, cells: Tensor, bins: int, samples: int) -> _Axis:
     """start, extent, cells [k]: corner and size of the RoIs (feature pixels) and of their level."""
-    position = (torch.arange(bins * samples, device=start.device, dtype=start.dtype) + 0.5) / max(
-        bins * samples, 1
-    )
+    position = (torch.arange(bins * samples, device=start.device, dtype=start.dtype) + 0.5) / max(bins * samples, 1)
     place = start[:, None] + position * extent[:, None]  # [k, n]
     inside = (place >= -1) & (place <= cells[:, None])
     last = (cells[:, None] - 1).clamp(min=0)
@@ -275,7 +270,6 @@ def _scatter_to_table(
 ) -> None:
     """Adds grad [k, ny, nx, C] to the cells of grad_table [T, C] that each point was read from."""
     counted = _counted(placement, rows, y, x)
-    grad = torch.where(counted, grad, 0.0)
     for index, weight in _taps(placement, rows, y, x):
         index = torch.where(counted[..., 0], index, 0).flatten()  # [k * ny * nx]
         values = (grad * weight[..., None]).flatten(0, 2)  # [k * ny * nx, C]

@@ -44,14 +44,27 @@ def _many(
     return Sampling((height, width), tuple(scales), ratio, aligned, size, level)
 
 
+def _check_shapes(features: Sequence[Tensor], rois: Tensor, prob: Tensor | None) -> None:
+    """What the public functions check before; here for symbolic sizes, and for who calls torch.ops.dsg directly."""
+    for level in features:
+        torch._check(level.dim() == 4, lambda: f"features must be [N, C, Hf, Wf], got {level.shape}")  # noqa: B023
+    torch._check(rois.dim() == 2, lambda: f"rois must be [K, 5], got {rois.shape}")
+    torch._check(rois.shape[1] == 5, lambda: f"rois must be [K, 5], got {rois.shape}")
+    if prob is not None:
+        torch._check(prob.dim() == 3, lambda: f"prob must be [K, Hp, Wp], got {prob.shape}")
+        torch._check(prob.shape[0] == rois.shape[0], lambda: f"{prob.shape[0]} maps for {rois.shape[0]} rois")
+
+
 # --- plain PyTorch kernels ------------------------------------------------------------------------
 
 
 def _forward_one(features: Tensor, rois: Tensor, prob: Tensor | None, *sampling: Any) -> Tensor:
+    _check_shapes([features], rois, prob)
     return _reference.forward([features], rois, prob, _one(*sampling))
 
 
 def _forward_many(features: Sequence[Tensor], rois: Tensor, prob: Tensor | None, *sampling: Any) -> Tensor:
+    _check_shapes(features, rois, prob)
     return _reference.forward(features, rois, prob, _many(*sampling))
 
 
@@ -75,17 +88,14 @@ def _backward_many(
 def _fake_forward_one(
     features: Tensor, rois: Tensor, prob: Tensor | None, height: int, width: int, *rest: Any
 ) -> Tensor:
-    torch._check(features.dim() == 4, lambda: f"features must be [N, C, Hf, Wf], got {features.shape}")
-    torch._check(rois.dim() == 2, lambda: f"rois must be [K, 5], got {rois.shape}")
-    if prob is not None:
-        torch._check(prob.dim() == 3, lambda: f"prob must be [K, Hp, Wp], got {prob.shape}")
-        torch._check(prob.shape[0] == rois.shape[0], lambda: f"{prob.shape[0]} maps for {rois.shape[0]} rois")
+    _check_shapes([features], rois, prob)
     return features.new_empty(rois.shape[0], features.shape[1], height, width)
 
 
 def _fake_forward_many(
     features: Sequence[Tensor], rois: Tensor, prob: Tensor | None, height: int, width: int, *rest: Any
 ) -> Tensor:
+    _check_shapes(features, rois, prob)
     return _fake_forward_one(features[0], rois, prob, height, width)
 
 
