@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from service_fakes import Server, serving
 
-# structlog's default draws a frame around every traceback, with all local variables: seconds for each.
-structlog.configure(processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)])
+# The default draws a frame around every traceback, with all local variables: seconds for each.
+structlog.configure(processors=[], logger_factory=structlog.ReturnLoggerFactory())
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The server as a process of its own: signals, exit status, and errors in one line."""
 
 import json
+import logging
 import queue
 import signal
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import structlog
 from service_fakes import encoded, picture
 
 from dsg.service import ServiceError, Settings, serve
@@ -133,6 +135,16 @@ def test_a_second_signal_ends_it_at_once(process: Process) -> None:
     assert answers.get(timeout=60) in (503, None)
 
 
+@pytest.fixture
+def _log_as_before() -> Iterator[None]:
+    """`serve` sets up the log of its process, which here is that of all tests."""
+    before, handlers = structlog.get_config(), logging.root.handlers[:]
+    yield
+    structlog.configure(**before)
+    logging.root.handlers[:] = handlers
+
+
+@pytest.mark.usefixtures("_log_as_before")
 def test_a_taken_port_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -140,11 +152,13 @@ def test_a_taken_port_is_one_line() -> None:
             serve(Settings(port=port), lambda name, device: pytest.fail("no model is loaded for a port that is taken"))
 
 
+@pytest.mark.usefixtures("_log_as_before")
 def test_an_unknown_host_is_one_line() -> None:
     with pytest.raises(ServiceError, match="cannot listen on no such host"):
         serve(Settings(host="no such host", port=0))
 
 
+@pytest.mark.usefixtures("_log_as_before")
 def test_a_model_that_does_not_load_is_one_line() -> None:
     with pytest.raises(ServiceError, match="cannot load nothing_like_it: ") as caught:
         serve(Settings(model="nothing_like_it", port=0))
@@ -174,8 +188,10 @@ def test_impossible_settings_are_refused(values: dict) -> None:
         Settings(**values)
 
 
-def test_every_setting_says_its_default() -> None:
+def test_every_setting_says_its_default_and_is_in_the_readme() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     for name, field in Settings.model_fields.items():
+        assert f"`DSG_{name.upper()}`" in readme, name
         assert field.description and "default" in field.description, name
         if isinstance(field.default, (int, str)):
             assert str(field.default) in field.description, name
