@@ -104,6 +104,12 @@ def has_area(
     points: np.ndarray,  # float64 [k, 2]
 ) -> bool:
     """Whether a polygon encloses anything: at least 3 points, not all on one line."""
+    if len(points) < 3:
+        return False
+    # Nearly always the first triangle settles it, and plain numbers are quicker than arrays of three.
+    (x1, y1), (x2, y2), (x3, y3) = points[:3].tolist()
+    if (x2 - x1) * (y3 - y1) != (x3 - x1) * (y2 - y1):
+        return True
     # Triangles from the first point, each by itself: loops of a polygon that crosses itself do not cancel.
     x, y = (points[1:] - points[:1]).T
     return bool(np.any(x[:-1] * y[1:] != x[1:] * y[:-1]))
