@@ -38,7 +38,8 @@ class KernelExtension(Extension):
     """`device` is "cpu" or "cuda"; `optional`: a failure is reported and passed over."""
 
     def __init__(self, device: str, optional: bool) -> None:
-        sources = [str(path.relative_to(ROOT)) for path in sorted((CSRC / device).glob("*.c*"))]
+        suffix = {"cpu": "*.cpp", "cuda": "*.cu"}[device]
+        sources = [str(path.relative_to(ROOT)) for path in sorted((CSRC / device).glob(suffix))]
         super().__init__(f"dsg.ops._C_{device}", sources, optional=optional)
         self.device = device
 

@@ -7,6 +7,12 @@
 
 namespace dsg {
 
+// After every launch. Not torch's own macro for this: in 2.11's headers it does not compile.
+inline void check_launch(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "dsg: launching ", kernel, " failed: ", cudaGetErrorString(error));
+}
+
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;

@@ -223,7 +223,7 @@ void launch_backward_features(
     const dim3 grid(static_cast<unsigned>(std::min(tile_count, kMaxBlocks)), static_cast<unsigned>(channel_blocks));
     backward_features_kernel<scalar_t><<<grid, kThreads, 0, current_stream(grad_output)>>>(
         call, tiles, image4_of<const scalar_t>(grad_output), pyramid_of<scalar_t>(grad_features));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch("backward for features");
   });
 }
 
@@ -240,7 +240,7 @@ void launch_backward_prob(
               call, image4_of<const scalar_t>(grad_output), pyramid_of<const scalar_t>(features),
               static_cast<prob_t*>(grad_prob.mutable_data_ptr()), grad_prob.stride(0), grad_prob.stride(1),
               grad_prob.stride(2));
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      check_launch("backward for prob");
     });
   });
 }

@@ -66,7 +66,7 @@ void launch_forward(
     } else {
       forward_kernel<scalar_t, false><<<blocks_for(total), kThreads, 0, stream>>>(call, pyramid, target, total);
     }
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch("forward");
   });
 }
 
