@@ -126,8 +126,8 @@ class View:
     @staticmethod
     def _nearest(start: int, length: int, source: int, resized: int) -> np.ndarray:
         """int64 [length]: the source pixel under each resized pixel's centre."""
-        centres = (np.arange(start, start + length) + 0.5) * (source / resized)
-        return np.minimum(centres.astype(np.int64), source - 1)
+        # floor((i + 0.5) * source / resized), in whole numbers so that ties fall the same way everywhere.
+        return (2 * np.arange(start, start + length) + 1) * source // (2 * resized)
 
     def map_picture(self, picture: Image.Image) -> Tensor:
         """The sample's pixels, uint8 [3, h, w]: bilinear, with a low-pass when shrinking.

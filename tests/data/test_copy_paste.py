@@ -2,10 +2,13 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsg.model.data.copy_paste import copy_paste
+
+# Slow machines are no failure.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def sample(size, boxes, has_mask, seed=0, image_id=1):
@@ -120,7 +123,7 @@ boxes = st.lists(
 )
 
 
-@settings(deadline=None)
+@unhurried
 @given(boxes, boxes, st.integers(0, 1000), st.data())
 def test_equals_a_loop_over_objects(first, second, seed, data):
     below = sample((14, 12), first, [data.draw(st.booleans()) for _ in first])

@@ -3,10 +3,13 @@
 import numpy as np
 import pycocotools.mask
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsg.model.data.masks import Patch, decode_mask, draw_runs, has_area, polygon_points, rle_runs
+
+# Slow machines are no failure.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 seeds = st.integers(0, 2**32 - 1)
@@ -34,6 +37,7 @@ def column_runs(mask: np.ndarray) -> list[int]:
     return runs
 
 
+@unhurried
 @given(sizes, seeds)
 def test_rle_of_all_kinds(size, seed):
     mask = random_mask(size, seed)
@@ -44,6 +48,7 @@ def test_rle_of_all_kinds(size, seed):
         assert rle_runs(rle, *size).tolist() == column_runs(mask)
 
 
+@unhurried
 @given(sizes, seeds)
 def test_patch_of_runs_holds_all_pixels_and_no_empty_column_at_its_ends(size, seed):
     mask = random_mask(size, seed)
@@ -71,7 +76,7 @@ polygon = st.lists(coordinates, min_size=6, max_size=16).map(lambda c: c[: len(c
 polygons = st.lists(polygon, min_size=1, max_size=3)
 
 
-@settings(deadline=None)
+@unhurried
 @given(sizes, polygons)
 def test_polygons_equal_pycocotools(size, drawn):
     height, width = size
@@ -100,6 +105,7 @@ def test_bad_segmentations(segmentation, told):
         decode_mask(segmentation, 4, 5)
 
 
+@unhurried
 @given(sizes, seeds, st.data())
 def test_no_damaged_text_gets_through_unnoticed(size, seed, data):
     """A changed text is refused, or still is the RLE of some mask of the right size."""

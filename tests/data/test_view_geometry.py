@@ -1,9 +1,12 @@
 """Views: one map for points, boxes, masks and pixels, held against numpy and Pillow step by step."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -11,6 +14,9 @@ from dsg.model.data.masks import Patch, decode_mask
 from dsg.model.data.records import Annotation
 from dsg.model.data.sample import make_sample
 from dsg.model.data.view import View
+
+# Slow machines are no failure.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
@@ -39,6 +45,7 @@ def noise(size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
+@unhurried
 @given(views(resize=False))
 def test_pixels_without_resize_are_exact(view):
     picture = noise(view.source)
@@ -47,6 +54,7 @@ def test_pixels_without_resize_are_exact(view):
     np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), step_by_step(np.array(picture), view))
 
 
+@unhurried
 @given(views())
 def test_pixels_equal_those_of_the_whole_picture_resized(view):
     picture = noise(view.source)
@@ -58,11 +66,14 @@ def test_pixels_equal_those_of_the_whole_picture_resized(view):
     assert np.abs(found - expected).max() <= 2
 
 
+@unhurried
 @given(views(), st.integers(0, 2**31))
 def test_masks_take_the_nearest_source_pixel(view, seed):
     mask = (np.random.default_rng(seed).random(view.source) < 0.4).astype(np.uint8)
-    rows = ((np.arange(view.resized[0]) + 0.5) * view.source[0] / view.resized[0]).astype(int)
-    columns = ((np.arange(view.resized[1]) + 0.5) * view.source[1] / view.resized[1]).astype(int)
+    rows, columns = (
+        [math.floor((i + Fraction(1, 2)) * source / resized) for i in range(resized)]
+        for source, resized in zip(view.source, view.resized, strict=True)
+    )
     expected = step_by_step(mask[np.ix_(rows, columns)], view)
     found = np.zeros(view.shown, np.uint8)
     view.map_patch(Patch(mask, 0, 0)).write(found)
@@ -75,6 +86,7 @@ def test_masks_take_the_nearest_source_pixel(view, seed):
     np.testing.assert_array_equal(found, step_by_step(part[np.ix_(rows, columns)], view))
 
 
+@unhurried
 @given(views(), st.data())
 def test_points_land_where_their_pixel_does(view, data):
     """The centre of a marked resized pixel is mapped to the centre of the pixel where the mark ends up."""
@@ -88,6 +100,7 @@ def test_points_land_where_their_pixel_does(view, data):
     np.testing.assert_allclose(mapped, [[column + 0.5, row + 0.5]], atol=1e-9)
 
 
+@unhurried
 @given(views())
 def test_the_sample_shows_just_the_window(view):
     scale_y, scale_x = view.source[0] / view.resized[0], view.source[1] / view.resized[1]
@@ -97,6 +110,7 @@ def test_the_sample_shows_just_the_window(view):
 
 
 @pytest.mark.parametrize("kind", ["flip_x", "flip_y", "turns"])
+@unhurried
 @given(views(resize=False, cut=False), st.integers(0, 2**31))
 def test_undone_by_doing_it_again(kind, view, seed):
     rng = np.random.default_rng(seed)
@@ -142,7 +156,7 @@ def squares(draw: st.DrawFn, size: tuple[int, int]) -> Annotation:
     return Annotation((x, y, x + side, y + side), 1, segmentation, False, 1)
 
 
-@settings(deadline=None)
+@unhurried
 @given(views(), st.data())
 def test_boxes_and_masks_of_a_sample_agree(view, data):
     objects = [data.draw(squares(view.source)) for _ in range(3)]
@@ -162,7 +176,7 @@ def test_boxes_and_masks_of_a_sample_agree(view, data):
             assert abs(int(mask.sum()) - area) <= edge
 
 
-@settings(deadline=None)
+@unhurried
 @given(st.integers(20, 60), st.integers(20, 60), st.floats(0.5, 3), st.data())
 def test_area_grows_with_the_square_of_the_scale(height, width, scale, data):
     size = (height, width)
@@ -173,3 +187,29 @@ def test_area_grows_with_the_square_of_the_scale(height, width, scale, data):
     expected = side**2 * (resized[0] / height) * (resized[1] / width)
     perimeter = 4 * side * scale
     assert abs(int(target["masks"].sum()) - expected) <= 0.5 * perimeter + 4
+
+
+TRIANGLE = Annotation((0.0, 0.0, 19.8, 19.8), 1, [[0, 0, 19.8, 0, 0, 19.8]], False, 1)
+
+
+def shown(window: tuple[int, int, int, int], min_side: float = 1.0) -> dict:
+    """The target of a triangle that fills the upper left half of its box."""
+    return make_sample(noise((20, 20)), [TRIANGLE], 1, View((20, 20), (20, 20), window), 0.1, min_side)[1]
+
+
+def test_a_box_that_is_not_cut_stays_finer_than_pixels():
+    assert shown((0, 0, 20, 20))["boxes"].tolist() == [pytest.approx([0, 0, 19.8, 19.8])]
+
+
+def test_a_cut_box_fits_what_is_left_of_the_mask():
+    target = shown((0, 10, 20, 10))
+    rows, columns = np.nonzero(decode_mask(TRIANGLE.segmentation, 20, 20)[:, 10:])
+    expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    assert target["boxes"].tolist() == [expected] and expected[3] < 12
+    assert target["masks"].sum() == len(rows)
+
+
+def test_an_object_is_dropped_where_only_the_empty_part_of_its_box_is_in_view():
+    assert len(shown((10, 10, 10, 10))["boxes"]) == 0
+    assert len(shown((6, 6, 10, 10))["boxes"]) == 1
+    assert len(shown((6, 6, 10, 10), min_side=9.0)["boxes"]) == 0
