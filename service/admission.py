@@ -1,5 +1,6 @@
 """How many pictures the service holds at once: accepted, and not answered yet."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -42,6 +43,6 @@ class Admission:
         if over <= 0:
             return
         # Places come free at the pace of the device; whole seconds, as the header wants them.
-        wait_s = min(max(1, round(over * self._seconds_per_picture() + 0.5)), _LONGEST_WAIT_S)
+        wait_s = min(max(1, math.ceil(over * self._seconds_per_picture())), _LONGEST_WAIT_S)
         detail = f"{self._limit} pictures are waiting already; try again in {wait_s} s"
         raise Problem(429, "queue_full", detail, {"Retry-After": str(wait_s)})

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import Response
 from starlette.types import Receive
 
-from dsg.service.batching import DeadlinePassed, DeviceStopped
+from dsg.service.batching import DeadlinePassed, DeviceStopped, Outcome
 from dsg.service.body import Upload
 from dsg.service.decode import decode_picture
 from dsg.service.encode import Answered, coco_document, to_json
@@ -28,6 +29,7 @@ class Job:
     """A request that was checked as far as it can be without decoding a picture."""
 
     uploads: list[Upload]
+    """Emptied once they are decoded."""
     wanted: Wanted
     media_type: str
     """Of the answer: `application/json` or `image/png`."""
@@ -49,18 +51,13 @@ async def answer(service: Service, job: Job, log: dict[str, Any]) -> Response:
         started = time.monotonic()
         pictures = await _decode(service, job)
         decoded = time.monotonic()
-        try:
-            waiting = service.batcher.submit(job.predictor, pictures, job.deadline)
-            outcomes = await asyncio.gather(*map(asyncio.wrap_future, waiting))
-        except DeadlinePassed:
-            raise deadline_passed() from None
-        except DeviceStopped:
-            raise stopping() from None
+        names = [upload.name for upload in job.uploads]
+        drawn_on = job.uploads[0].data if job.media_type == PNG else b""
+        job.uploads.clear()  # whoever waits for the device keeps a resized picture, and no file of many megabytes
+        outcomes = await _detect(service, job, pictures)
         inferred = time.monotonic()
-        answered = [
-            Answered(upload.name, outcome.detections) for upload, outcome in zip(job.uploads, outcomes, strict=True)
-        ]
-        content = await service.encoding(partial(_encode, job, answered, service.settings.max_pixels))
+        answered = [Answered(name, one.detections) for name, one in zip(names, outcomes, strict=True)]
+        content = await service.encoding(partial(_encode, service, job, answered, drawn_on))
         stages = {
             "decode": decoded - started,
             "queue": max(outcome.queue_s for outcome in outcomes),
@@ -128,11 +125,26 @@ async def _decode(service: Service, job: Job) -> "list[PreparedImage]":
     return pictures
 
 
-def _encode(job: Job, answered: list[Answered], max_pixels: int) -> bytes:
+async def _detect(service: Service, job: Job, pictures: "list[PreparedImage]") -> list[Outcome]:
+    waiting: list[Future[Outcome]] = []
+    try:
+        waiting = service.batcher.submit(job.predictor, pictures, job.deadline)
+        return await asyncio.gather(*map(asyncio.wrap_future, waiting))
+    except DeadlinePassed:
+        raise deadline_passed() from None
+    except DeviceStopped:
+        raise stopping() from None
+    finally:
+        # Where one picture failed, its request has failed: the others need not run.
+        for future in waiting:
+            future.cancel()
+
+
+def _encode(service: Service, job: Job, answered: list[Answered], drawn_on: bytes) -> bytes:
     document = coco_document(answered, job.wanted, job.predictor.info, job.model_name)
     if job.media_type != PNG:
         return to_json(document)
     # Decoded once more: to keep the pixels of every picture in the queue would take many times the memory.
-    pixels = decode_picture(job.uploads[0].data, max_pixels)
+    pixels = decode_picture(drawn_on, service.settings.max_pixels)
     names = {category["id"]: category["name"] for category in document["categories"]}
     return to_png(draw_instances(pixels, document["annotations"], names))

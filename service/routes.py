@@ -1,6 +1,7 @@
 """The endpoints: each checks what it was sent, cheapest first, and leaves the work to the other files."""
 
 import hmac
+import time
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
@@ -94,19 +95,22 @@ async def segment(request: Request, query: Annotated[SegmentQuery, Query()], ser
     settings = service.settings
     deadline = request.state.started + timeout_ms(request, settings.deadline_ms) / 1000
     service.admission.check()
-    body = await read_body(request, settings.max_bytes, settings.body_timeout_ms / 1000)
+    seconds = min(settings.body_timeout_ms / 1000, max(0.0, deadline - time.monotonic()))
+    log = request.state.log
 
-    async def work() -> Response:
+    async def work(body: bytes) -> Response:
         content_type = request.headers["content-type"]
         uploads = await service.decoding(partial(split_body, content_type, body, settings.max_pictures))
-        request.state.log.update(model=name, bytes=len(body), pictures=len(uploads))
+        log.update(model=name, bytes=len(body), pictures=len(uploads))
+        del body  # the uploads are a copy of it
         if media_type == PNG and len(uploads) > 1:
             raise Problem(422, "one_picture", f"{PNG} answers one picture; send one, or accept {JSON}")
-        # The overlay is drawn from RLE, whatever the format of masks asked for.
+        # A picture is drawn from RLE, whatever the format of masks asked for.
         shown = replace(asked, mask_format="rle") if media_type == PNG else asked
-        return await answer(service, Job(uploads, shown, media_type, name, predictor, deadline), request.state.log)
+        return await answer(service, Job(uploads, shown, media_type, name, predictor, deadline), log)
 
-    return await while_wanted(work(), request.receive, deadline)
+    # The body has no name here, so that nothing holds it once it has been taken apart.
+    return await while_wanted(work(await read_body(request, settings.max_bytes, seconds)), request.receive, deadline)
 
 
 @router.get("/healthz", responses=problem_documentation(503))

@@ -54,7 +54,7 @@ async def _serve(app: FastAPI, listener: socket.socket) -> None:
     starting = app.router.lifespan_context(app)
     try:
         await starting.__aenter__()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:  # RuntimeError: no room on the device
         raise ServiceError(f"cannot load {service.settings.model}: {error}") from error
     try:
         config = uvicorn.Config(

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from service_fakes import encoded, picture
@@ -269,6 +269,7 @@ def test_a_bomb_in_a_text_chunk_is_refused() -> None:
     assert refused(png(1, 1, rows=rows, extra=text)).status == 400
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_damage_gets_past_problem(data) -> None:
     """Bytes changed at random in a file of each type: pixels or a problem, never another exception."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
@@ -74,6 +74,7 @@ def test_blobs_are_redrawn_as_they_were(seed: int) -> None:
     assert (again & mask).sum() / (again | mask).sum() > 0.99
 
 
+@settings(deadline=None)
 @given(hnp.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
 def test_any_mask_has_outlines_of_its_area(mask: np.ndarray) -> None:
     parts = polygons(encode_rle(mask))
@@ -96,6 +97,7 @@ def test_any_mask_has_outlines_of_its_area(mask: np.ndarray) -> None:
         np.testing.assert_array_equal(inside % 2 == 1, mask)
 
 
+@settings(deadline=None)
 @given(hnp.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
 def test_the_window_holds_all_and_no_more(mask: np.ndarray) -> None:
     bits, top, left = mask_window(encode_rle(mask))

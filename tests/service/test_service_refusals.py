@@ -110,6 +110,17 @@ def test_408_slow_sender() -> None:
         assert b'"reason":"slow_sender"' in answer
 
 
+def test_408_within_the_time_that_the_client_itself_allows(small: Server) -> None:
+    host, port = small.client.base_url.host, small.client.base_url.port
+    with socket.create_connection((host, port), timeout=30) as connection:
+        connection.sendall(
+            b"POST /segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n"
+            b"X-Timeout-Ms: 30\r\n\r\nhalf"
+        )
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
 def test_413_declared(small: Server) -> None:
     response = small.post(b"x" * 20_001)
     problem(response, 413, "too_many_bytes")
