@@ -4,8 +4,6 @@ Random numbers are not in it: those of a step are drawn from (seed, step, rank) 
 loader's order from the seed and the step's number. So a run may also go on with another number of GPUs.
 """
 
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dsg.model.training.atomic import replacing
 from dsg.model.training.config import Recipe
 from dsg.model.training.ema import Ema
 from dsg.model.training.errors import TrainingError
@@ -87,22 +86,8 @@ def save_state(path: Path, state: TrainState, recipe: Recipe, data_digest: str) 
         "seconds": state.seconds,
         "origin": state.origin,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself, too, must survive a power cut
-    finally:
-        os.close(folder)
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load_state(path: Path, state: TrainState, recipe: Recipe, data_digest: str) -> None:

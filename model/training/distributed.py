@@ -73,7 +73,7 @@ def wrap(model: nn.Module, ranks: Ranks) -> nn.Module:
         return model
     # Every head takes part in every step (an empty one with a zero loss), so the graph is not searched each
     # time.
-    return DistributedDataParallel(model, find_unused_parameters=False, broadcast_buffers=False)
+    return DistributedDataParallel(model, find_unused_parameters=False)
 
 
 def mean_over_ranks(values: torch.Tensor) -> list[float]:

@@ -1,8 +1,6 @@
 """What `best.safetensors` says about itself: classes, resize, thresholds, data and their licences, AP."""
 
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +18,7 @@ from dsg.model.network.config import FIELD_NAMES
 from dsg.model.network.detector import Detector
 from dsg.model.network.predictor import shipped_weights
 from dsg.model.network.presets import preset_config, presets
+from dsg.model.training.atomic import replacing
 from dsg.model.training.config import Recipe
 from dsg.model.training.recipe_file import to_table
 
@@ -108,14 +107,8 @@ def save_best(
         save_checkpoint(path, model, info, half=half)
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"own_network": info.to_json()})
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _licence(data: CocoData, origin: Mapping[str, str]) -> str:

@@ -43,7 +43,7 @@ def test_a_write_that_dies_leaves_the_old_file(broken, state, tiny_recipe, tmp_p
     state.iteration = 4
 
     def half(content, file):
-        file.write(b"half of a file")
+        file.write_bytes(b"half of a file")
         raise OSError("no space left on device")
 
     def dies(*arguments):
