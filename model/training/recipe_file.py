@@ -207,7 +207,8 @@ def _unknown(key: str, where: str) -> str:
     if near:
         return f"unknown key {key}: did you mean {' or '.join(near)}?"
     within = [name for name in known if name.startswith(where)] if where else []
-    return f"unknown key {key}: keys are {', '.join(within or known)}"
+    sections = list(dict.fromkeys(name.partition(".")[0] for name in known))
+    return f"unknown key {key}: {'keys' if within else 'sections'} are {', '.join(within or sections)}"
 
 
 def _near(value: object, names: Sequence[Any]) -> str:

@@ -87,7 +87,8 @@ def test_settings_are_typed():
             r"unknown key overrides.max_detections: did you mean predict.max_detections",
         ),
         ("build_file=x.py", r"unknown key build_file"),
-        ("nonsense=1", r"unknown key nonsense: keys are name, model"),
+        ("nonsense=1", r"unknown key nonsense: sections are name, model, overrides, augment, optimizer"),
+        ("run.zzzzzzzzzzzz=1", r"unknown key run.zzzzzzzzzzzz: keys are run.seed, run.precision"),
         ("run.nonsense=1", r"unknown key run.nonsense: did you mean run.seed"),
     ],
 )
