@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsg.ops import _reference
 from dsg.ops._load import loaded_kernels
-from dsg.ops._reference import Sampling
+from dsg.ops._sampling import Sampling
 
 _ONE = "SymInt output_height, SymInt output_width, float spatial_scale, int sampling_ratio, bool aligned"
 _MANY = (
@@ -172,9 +172,9 @@ def _without_autocast(op: Any, device: str) -> Callable[..., Any]:
 
 
 def _register() -> None:
-    loaded_kernels()
     for schema in SCHEMAS:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    loaded_kernels()
     implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
         "sg_roi_align": (_forward_one, _fake_forward_one, _differentiate_one),
         "multiscale_sg_roi_align": (_forward_many, _fake_forward_many, _differentiate_many),

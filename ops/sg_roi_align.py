@@ -195,7 +195,11 @@ def _check_sampling(
     output_size: int | tuple[int, int], sampling_ratio: int, spatial_scales: Sequence[float]
 ) -> tuple[int, int]:
     """The output's (H, W), when all is in order."""
-    height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
+    integers = (int, torch.SymInt)
+    size = (output_size, output_size) if isinstance(output_size, integers) else output_size
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, integers) for side in size):
+        raise TypeError(f"output_size must be an int or (H, W), got {output_size!r}")
+    height, width = size
     if min(height, width) < 1:
         raise ValueError(f"output_size must be at least 1, got {output_size}")
     if not isinstance(sampling_ratio, int):

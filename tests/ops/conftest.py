@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsg.ops import _reference, kernel_name
-from dsg.ops._reference import Sampling
+from dsg.ops._sampling import Sampling
 
 # align(features, rois, prob, sampling) -> [K, C, H, W], differentiable in features and prob
 Align = Callable[[Sequence[Tensor], Tensor, Tensor | None, Sampling], Tensor]

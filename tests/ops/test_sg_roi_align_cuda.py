@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor
 
 from dsg.ops import _reference, kernel_name, multiscale_sg_roi_align, sg_roi_align
-from dsg.ops._reference import Sampling
+from dsg.ops._sampling import Sampling
 
 pytestmark = pytest.mark.gpu
 

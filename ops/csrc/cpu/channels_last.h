@@ -24,9 +24,6 @@ struct Cells {
   }
 };
 
-template <typename acc_t, typename scalar_t>
-constexpr bool is_same = std::is_same_v<acc_t, scalar_t>;
-
 inline bool channels_are_adjacent(const Tensor& level) {
   return level.stride(1) == 1 || level.size(1) == 1;
 }
@@ -35,7 +32,7 @@ inline bool channels_are_adjacent(const Tensor& level) {
 class Footprint {
  public:
   template <typename acc_t>
-  Footprint(const Call<acc_t>& call, const std::vector<Place<acc_t>>& places) : images_(call.images) {
+  Footprint(const Call<acc_t>& call, const std::vector<Place<acc_t>>& places) {
     for (int level = 0; level < call.levels; ++level) {
       heights_.push_back(call.height[level]);
       spans_.emplace_back(call.images * call.height[level], Span{call.width[level], 0});
@@ -79,7 +76,6 @@ class Footprint {
     return {std::min(static_cast<int64_t>(lowest), axis.cells - 1), static_cast<int64_t>(highest)};
   }
 
-  int64_t images_;
   std::vector<int64_t> heights_;
   std::vector<std::vector<Span>> spans_;
 };
