@@ -169,7 +169,13 @@ class TrainLoop:
         state = self.state
         self.hooks.save_last()  # a validation takes a while, and may be what memory runs out in
         model = state.shipped_model.eval()
-        metrics = self.hooks.validate(model)
+        try:
+            metrics = self.hooks.validate(model)
+        except torch.OutOfMemoryError:
+            raise TrainingError(
+                f"validation at {state.iteration}: out of GPU memory: lower validation.batch"
+                f" (now {self.recipe.validation.batch}) and go on with --resume"
+            ) from None
         state.model.train()
         state.validated_at = state.iteration
         is_best = metrics["AP"] > state.best_ap

@@ -1,5 +1,6 @@
 """Reasons to stop a run in good order: Ctrl-C, SIGTERM, a time budget."""
 
+import os
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ class StopRequest:
         """max_seconds: time budget in seconds from the opening on; 0: none."""
         self._max_seconds = max_seconds
         self._signal = 0
+        self._process = os.getpid()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -42,6 +44,12 @@ class StopRequest:
         return ""
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A loader's worker, forked with this handler. Ctrl-C reaches it too, and is the main process's
+            # business.
+            if number == signal.SIGTERM:
+                raise SystemExit
+            return
         if self._signal:
             raise KeyboardInterrupt
         self._signal = number

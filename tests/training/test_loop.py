@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 
 import pytest
@@ -17,6 +18,7 @@ from dsg.model.training.errors import TrainingError
 from dsg.model.training.log import TrainingLog
 from dsg.model.training.loop import Hooks, TrainLoop, precision_of
 from dsg.model.training.optim import Schedule, build_optimizer
+from dsg.model.training.stop import StopRequest
 
 
 def fresh_state(model_class, recipe):
@@ -228,6 +230,32 @@ def test_second_signal_interrupts_at_once_and_handlers_come_back(tmp_path, tiny_
     with pytest.raises(KeyboardInterrupt):
         Run(tmp_path, tiny_recipe(), tiny_detector, batches, on_batch=twice).go()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_workers_leave_ctrl_c_to_the_main_process(monkeypatch):
+    """Forked workers inherit the handlers: Ctrl-C must not kill them in the middle of a batch, SIGTERM
+    must."""
+    with StopRequest() as stop:
+        with monkeypatch.context() as worker:
+            worker.setattr(os, "getpid", lambda: -1)
+            for _ in range(3):
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(SystemExit):
+                signal.raise_signal(signal.SIGTERM)
+        assert stop.reason == ""
+        signal.raise_signal(signal.SIGINT)
+        assert stop.reason == "stopped by SIGINT"
+
+
+def test_out_of_memory_in_validation(tmp_path, tiny_detector, batches, tiny_recipe):
+    def validate(model):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = Run(tmp_path, tiny_recipe(validation=ValidationConfig(every=2)), tiny_detector, batches)
+    run.validate = validate
+    with pytest.raises(TrainingError, match=r"^validation at 2: out of GPU memory: lower validation.batch \(now 4\)"):
+        run.go()
+    assert torch.load(tmp_path / "last", weights_only=True)["iteration"] == 2
 
 
 def test_metrics_file(tmp_path, tiny_detector, batches, tiny_recipe):
