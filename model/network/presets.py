@@ -19,8 +19,8 @@ _LITE = {
     "anchor_sizes": ((16.0, 22.6), (32.0, 45.3), (64.0, 90.5), (128.0, 181.0), (256.0, 362.0)),
     "rpn_candidates": 500,
     "proposals": 200,
-    "rpn_candidates_train": 1000,
-    "proposals_train": 1000,
+    "rpn_candidates_train": 600,
+    "proposals_train": 600,
     "roi_samples": 256,
 }
 _BACKBONES: dict[str, dict[str, Any]] = {

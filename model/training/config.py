@@ -91,7 +91,8 @@ class BatchConfig:
     accumulate: int = 1
     """Parts that a step is computed in, one after another, to save memory."""
     workers: int = 4
-    """Processes per GPU that read and augment pictures; 0 does it in the training process."""
+    """Processes per GPU that read and augment pictures, at most one a CPU core; 0 does it in the training
+    process."""
     cache_images: bool = False
     """Keep all training pictures decoded in memory: 3 bytes a pixel."""
 

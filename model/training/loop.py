@@ -143,7 +143,7 @@ class TrainLoop:
         state.optimizer.zero_grad(set_to_none=True)
         if state.ema:
             state.ema.update(state.model)
-        lr = max(group["lr"] for group in state.optimizer.param_groups)
+        lr = state.optimizer.defaults["lr"] * factor  # groups may run at multiples of it
         return {"loss": sum(values.values()), **values, "grad_norm": grad_norm, "lr": lr}, numbers[-1] > 0
 
     def _next_parts(self, parts: int) -> Iterator[Batch]:

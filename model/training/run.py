@@ -1,6 +1,7 @@
 """A whole training run: data, network, loop, checkpoints. What `dsg train` calls."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,12 +85,13 @@ def train(
             load_state(out / "last", state, recipe, digest)
             begun = f"resumed {out / 'last'} at iteration {state.iteration}"
 
+        workers = min(recipe.batch.workers, max(1, (os.cpu_count() or 1) // ranks.world_size))
         augment = Augment(recipe.augment)
         loader = build_train_loader(
             CocoDataset(train_set, augment, seed=recipe.run.seed, cache_images=recipe.batch.cache_images),
             recipe.batch.images,
             seed=recipe.run.seed,
-            workers=recipe.batch.workers,
+            workers=workers,
             rank=ranks.rank,
             world_size=ranks.world_size,
             start=state.iteration,
@@ -101,7 +103,7 @@ def train(
             info,
             ranks,
             batch=recipe.validation.batch,
-            threads=max(1, recipe.batch.workers),
+            threads=max(1, workers),
             max_detections=recipe.validation.max_detections,
         )
         best, last = out / "best.safetensors", out / "last"
@@ -157,7 +159,9 @@ def _check_batch(recipe: Recipe, ranks: distributed.Ranks) -> None:
 def _fresh_state(model: nn.Module, recipe: Recipe, device: torch.device) -> TrainState:
     if device.type == "cuda":
         model.to(device).to(memory_format=torch.channels_last)  # what tensor cores convolve fastest
-        torch.backends.cudnn.benchmark = recipe.augment.same_shape  # many shapes would each be tried out anew
+        # No cuDNN autotuning: the number of RoIs is another one at every step, and each would be tried out
+        # anew (seconds a step, where the step itself takes a fifth of one).
+        torch.backends.cudnn.benchmark = False
     return TrainState(
         model=model,
         optimizer=build_optimizer(model, recipe.optimizer, recipe.batch.images),

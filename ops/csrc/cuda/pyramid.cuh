@@ -60,7 +60,8 @@ Pyramid<scalar_t> pyramid_of(const std::vector<Tensor>& levels) {
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  const auto error = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
+  STD_TORCH_CHECK(error == 0, "dsg: no CUDA stream for device ", tensor.get_device_index());
   return static_cast<cudaStream_t>(stream);
 }
 
