@@ -79,11 +79,12 @@ def train(
         if init and not resume:
             begun = initialise(model, init)
         state = _fresh_state(model, recipe, chosen)
-        state.origin = origin_of(init)
         digest = digest_of(train_set)
         if resume:
-            load_state(out / "last", state, recipe, digest)
+            load_state(out / "last", state, recipe, digest)  # its origin, too: --init is not needed again
             begun = f"resumed {out / 'last'} at iteration {state.iteration}"
+        else:
+            state.origin = origin_of(init)
 
         workers = min(recipe.batch.workers, max(1, (os.cpu_count() or 1) // ranks.world_size))
         augment = Augment(recipe.augment)
