@@ -1,6 +1,8 @@
 """`dsg serve`: options and DSG_* variables become settings, and wrong ones end in one line."""
 
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,12 +48,19 @@ def test_wrong_settings_are_named(
     assert name in ran.err or name.removeprefix("DSG_").lower() in ran.err
 
 
-def test_a_taken_port_and_a_missing_model(command: Callable, tmp_path: Path) -> None:
+def test_a_taken_port_and_a_missing_model(tmp_path: Path) -> None:
+    """In a process of its own: the server sets up the log of its whole process."""
+
+    def serve(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "dsg.cli", "serve", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        ran = command("serve", "--port", port)
-    assert ran.code == 2 and str(port) in ran.err and ran.err.count("\n") == 1
-    ran = command("serve", "--port", 0, "--model", tmp_path / "none.safetensors")
-    assert ran.code == 2 and "none.safetensors" in ran.err.splitlines()[-1]
+        ran = serve("--port", port)
+    assert ran.returncode == 2 and str(port) in ran.stderr and ran.stderr.count("\n") == 1
+    ran = serve("--port", 0, "--model", tmp_path / "none.safetensors")
+    last = ran.stderr.splitlines()[-1]
+    assert ran.returncode == 2 and last.startswith("dsg: error: ") and "none.safetensors" in last
