@@ -1,43 +1,109 @@
-"""Pictures in any form to pixels: what a person sees, as 8-bit RGB or floats in 0..1."""
+"""Pictures in any form to pixels: what a person sees, as 8-bit RGB or floats in 0..1.
+
+`upright_rgb` is the one place that turns an opened picture into RGB; the data room and the service call it too.
+"""
 
 import os
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, TiffImagePlugin
 from torch import Tensor
 
-_WHITE = (255, 255, 255, 255)
+_TIFF_BITS_PER_SAMPLE = 258
+_TIFF_PHOTOMETRIC = 262
+_TIFF_WHITE_IS_ZERO = 0
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation."""
 
 
-def picture_to_rgb(picture: Image.Image) -> np.ndarray:
-    """An opened picture as uint8 [H, W, 3] RGB, the way a viewer shows it.
+class SeveralFramesError(ValueError):
+    """A file with more than one picture; one line, without the file's name."""
 
-    EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled by its full range, and greyscale,
-    palette and CMYK pictures are converted.
+
+class UnknownRangeError(ValueError):
+    """Pixels that have no agreed brightness; one line, without the file's name."""
+
+
+def exif_orientation(picture: Image.Image) -> int:
+    """1..8 as EXIF counts them: 1 lies as stored, and so does what has no tag, a broken one or an unknown number.
+
+    Pillow turns a TIFF upright while it decodes it, and takes its tag away: ask before that for what the file says.
+    """
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        # Broken EXIF beside a sound picture raises nearly anything, and every viewer shows the picture as it lies.
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    """An opened picture as 8-bit RGB, the way a viewer shows it.
+
+    EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled by its whole range (65535 becomes
+    255; 12-bit and inverted TIFF by theirs), and greyscale, palette and CMYK are converted.
+
+    Returns:
+        A picture of mode RGB that shares nothing with `picture`.
 
     Raises:
-        ValueError: float or 32-bit pictures, whose range nobody knows; several frames; an empty picture.
-        OSError: the file is truncated or broken.
+        SeveralFramesError: several pages or frames. A phone's MPO counts as one JPEG: its further pictures are
+            previews or depth maps of the first.
+        UnknownRangeError: 32-bit or floating-point numbers, or CIE L*a*b*.
+        ValueError: the picture is empty.
+        Exception: whatever Pillow's decoder of a broken file trips over.
     """
-    if getattr(picture, "n_frames", 1) > 1:
-        raise ValueError(f"the picture has {picture.n_frames} frames or pages; send them one by one")
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1 and picture.format != "MPO":
+        raise SeveralFramesError(f"the picture has {frames} pages or frames; give each as a picture of its own")
     if 0 in picture.size:
         raise ValueError(f"the picture is empty: {picture.height} x {picture.width}")
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):
-        values = np.asarray(picture).astype(np.uint16)
-        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 -> 255, rounded
-        return np.repeat(grey[..., None], 3, axis=2)
-    if picture.mode in ("I", "F"):
-        raise ValueError(
-            f"the picture has mode {picture.mode} (32 bits a pixel) whose range is unknown; convert it to 8 or 16 bits"
+    picture.load()
+    # Older versions of Pillow open 16-bit PNG as mode I.
+    is_sixteen_bit = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
+    if picture.mode in ("I", "F", "LAB") and not is_sixteen_bit:
+        kind = {"I": "32-bit integer", "F": "floating-point", "LAB": "CIE L*a*b*"}[picture.mode]
+        raise UnknownRangeError(
+            f"the picture's {kind} pixels have no known range; convert it to 8 or 16 bits, grey or RGB"
         )
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture)
-    return np.array(picture.convert("RGB"))
+    method = _UPRIGHT.get(exif_orientation(picture))
+    image = _eight_bits(picture) if is_sixteen_bit else picture
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    image = image.convert("RGB")
+    return image if method is None else image.transpose(method)
+
+
+def as_stored(upright: Image.Image, orientation: int) -> Image.Image:
+    """The pixels of `upright_rgb` as they lie in a file of this EXIF orientation."""
+    inverse = {6: 8, 8: 6}.get(orientation, orientation)  # all the others undo themselves
+    return upright.transpose(_UPRIGHT[inverse]) if inverse in _UPRIGHT else upright
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """16-bit grey -> 8-bit grey, or grey and alpha. Pillow's own conversion would clip at 255."""
+    values = np.asarray(picture).astype(np.uint32)  # [H, W]
+    top = 65535
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        top = (1 << picture.tag_v2.get(_TIFF_BITS_PER_SAMPLE, (16,))[0]) - 1  # Pillow reads 12 bits unscaled
+        if picture.tag_v2.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO:
+            values = top - values
+    grey = ((values * 255 + top // 2) // top).astype(np.uint8)
+    transparent = picture.info.get("transparency")  # PNG: the one grey level that shows what lies behind
+    if transparent is None:
+        return Image.fromarray(grey)
+    return Image.fromarray(np.dstack([grey, np.where(values == transparent, 0, 255).astype(np.uint8)]))
 
 
 def image_tensor(image: Any) -> Tensor:
@@ -57,7 +123,7 @@ def image_tensor(image: Any) -> Tensor:
     if isinstance(image, str | os.PathLike):
         image = _read(image)
     elif isinstance(image, Image.Image):
-        image = picture_to_rgb(image)
+        image = np.array(upright_rgb(image))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise TypeError(
@@ -87,10 +153,10 @@ def _read(path: str | os.PathLike[str]) -> np.ndarray:
         raise FileNotFoundError(f"no picture at {os.fspath(path)}")
     try:
         with Image.open(path) as picture:
-            return picture_to_rgb(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow's own words can hold the path and several lines
-        reason = (
-            "it is not a picture, or of an unknown kind" if isinstance(error, Image.UnidentifiedImageError) else error
-        )
-        raise ValueError(f"cannot read {os.fspath(path)}: {reason}") from None
+            return np.array(upright_rgb(picture))
+    except Image.UnidentifiedImageError:  # whose own words hold the path once more
+        raise ValueError(f"cannot read {os.fspath(path)}: it is not a picture, or of an unknown kind") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of broken files raise nearly anything
+        raise ValueError(f"cannot read {os.fspath(path)}: {error}") from None
