@@ -138,7 +138,9 @@ class EfficientNetLite(nn.Module):
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                # fan_out would count the channels of depthwise convolutions, each of which has one input: outputs
+                # so small that nothing of an image reaches C5.
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
         if not 0 <= frozen_blocks <= len(self.blocks):
             raise ValueError(f"frozen_blocks is {frozen_blocks}: use 0 (train all) to {len(self.blocks)}")
         if frozen_blocks > 0:

@@ -191,6 +191,16 @@ def test_lite_channels_and_counts(variant, channels, convolutions, with_norms):
     assert round((with_norms + channels[-1] * 1280 + 2 * 1280) / 1e6, 1) == {0: 3.4, 2: 4.8}[variant]
 
 
+@pytest.mark.parametrize("variant", [0, 2])
+def test_lite_of_random_weights_keeps_its_signal(variant):
+    """What heads see of two images differs, at every level, by about as much as the images do."""
+    backbone = EfficientNetLite(variant)
+    with torch.no_grad():
+        for level in backbone(torch.randn(2, 3, 128, 128)):
+            assert 0.3 < level.std() < 30
+            assert 0.1 < (level[0] - level[1]).std() < 30
+
+
 @pytest.mark.parametrize("frozen_blocks", [0, 1, 3, 16])
 def test_lite_freezes_leading_blocks(frozen_blocks):
     with torch.device("meta"):

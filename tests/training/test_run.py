@@ -52,13 +52,9 @@ def quiet():
 
 @pytest.fixture
 def body(tmp_path):
-    """Weights for the lite backbone whose features have a size that heads can learn from."""
-    network = EfficientNetLite(0)
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    """A file of weights for the lite backbone."""
     path = tmp_path / "body.safetensors"
-    save_file(network.state_dict(), path)
+    save_file(EfficientNetLite(0).state_dict(), path)
     return path
 
 
