@@ -22,6 +22,7 @@ Letters: B images, C channels, H and W height and width.
 
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -46,7 +47,7 @@ def backbone_channels(backbone: nn.Module) -> tuple[int, ...]:
     name = type(backbone).__name__
     channels = getattr(backbone, "out_channels", None)
     if channels is None:
-        info = getattr(backbone, "feature_info", None)
+        info: Any = getattr(backbone, "feature_info", None)
         if not (hasattr(info, "channels") and hasattr(info, "reduction")):
             raise TypeError(f"backbone {name} does not say its channels: set out_channels = (c2, c3, c4, c5)")
         strides = tuple(info.reduction())

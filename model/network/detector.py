@@ -190,8 +190,13 @@ class Detector(nn.Module):
     def _detections(found: PaddedDetections, image: int, sizes: Tensor) -> Detections:
         valid = found.valid[image]
         height, width = sizes[image].tolist()
-        rows = (part[image][valid] for part in (found.boxes, found.scores, found.labels, found.mask_probs))
-        return Detections(*rows, image_size=(height, width))
+        return Detections(
+            boxes=found.boxes[image][valid],
+            scores=found.scores[image][valid],
+            labels=found.labels[image][valid],
+            mask_probs=found.mask_probs[image][valid],
+            image_size=(height, width),
+        )
 
 
 def as_rois(boxes: Tensor) -> Tensor:  # [B, K, 4] -> [B * K, 5]

@@ -65,10 +65,10 @@ class MaskHead(nn.Module):
         self.predictor = nn.Conv2d(channels, outputs, 1)
         for layer in (*self.convs, self.deconv):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.get_parameter("bias"))
         # Small, so that the loss starts near log 2 whatever the scale of a backbone's features.
         nn.init.normal_(self.predictor.weight, std=0.001)
-        nn.init.zeros_(self.predictor.bias)
+        nn.init.zeros_(self.predictor.get_parameter("bias"))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Raw outputs.
@@ -108,7 +108,7 @@ class Fusion(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
         self.activation = nn.ReLU() if activation else nn.Identity()
         nn.init.kaiming_uniform_(self.conv.weight, a=1)
-        nn.init.zeros_(self.conv.bias)
+        nn.init.zeros_(self.conv.get_parameter("bias"))
 
     def forward(self, features: Tensor, mask_features: Tensor) -> Tensor:
         """features + pooled(convolved(mask_features)).
@@ -120,6 +120,7 @@ class Fusion(nn.Module):
             Tensor[R, C, P, P].
         """
         added = self.activation(self.conv(mask_features))  # [R, C, Q, Q]
-        if added.shape[-2:] != features.shape[-2:]:
-            added = functional.adaptive_avg_pool2d(added, features.shape[-2:])  # [R, C, P, P]
+        height, width = features.shape[-2:]
+        if added.shape[-2:] != (height, width):
+            added = functional.adaptive_avg_pool2d(added, (height, width))  # [R, C, P, P]
         return features + added

@@ -9,6 +9,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -82,7 +83,7 @@ def import_torchvision(
         tensors = _keep_outputs(tensors, [0, *(category.id for category in categories)])
     if bn_eps is None:
         bn_eps = 1e-5 if any(name.endswith(_COUNTER) for name in theirs) else 0.0
-    overrides = {**_CONVENTIONS, "norm_eps": bn_eps}
+    overrides: dict[str, Any] = {**_CONVENTIONS, "norm_eps": bn_eps}
     model = build(model_name, len(categories), **overrides)
     wanted = model.state_dict()
     for name, tensor in wanted.items():

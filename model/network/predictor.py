@@ -145,10 +145,11 @@ def resize(pixels: Tensor, how: Resize) -> Tensor:
         Tensor[3, h, w]: uint8 when that came in and the resize has a low-pass, else float in 0..1. Without the
         low-pass numbers are kept unrounded, as the libraries whose convention that is have it.
     """
-    size = resized_size(*pixels.shape[-2:], how)
+    height, width = pixels.shape[-2:]
+    size = resized_size(height, width, how)
     if pixels.dtype == torch.uint8 and not how.antialias:
         pixels = pixels.float() / 255
-    if size == tuple(pixels.shape[-2:]):
+    if size == (height, width):
         return pixels.contiguous()
     scaled = functional.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=how.antialias)
     return scaled[0]

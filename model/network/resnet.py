@@ -135,7 +135,7 @@ class ResNet(nn.Module):
             stage_module.requires_grad_(False)
 
     def _layers(self) -> list[nn.Module]:
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
+        return [self.get_submodule(f"layer{stage}") for stage in (1, 2, 3, 4)]
 
     def forward(self, images: Tensor) -> list[Tensor]:  # [B, 3, H, W] -> 4 x [B, C, H / stride, W / stride]
         """Features C2 to C5 of normalised images, finest first."""
