@@ -77,8 +77,8 @@ class Detector(nn.Module):
         for name in ("pixel_mean", "pixel_std"):
             self.register_buffer(name, torch.tensor(getattr(config, name), dtype=torch.float64), persistent=False)
         if mpn is not None:
-            # Guidance is multiplied by this: 1, except where a plain Mask R-CNN's weights start a DSG from its own
-            # predictions (0, then ramped up).
+            # Guidance is multiplied by this, 1 unless the weights say otherwise: at 0 the maps guide nothing, and the
+            # features are those of plain RoIAlign.
             self.register_buffer("guidance_scale", torch.ones(()))
 
     def forward(
