@@ -16,7 +16,7 @@ from dsg.model.network.config import DetectorConfig
 from dsg.model.network.detections import Detections
 from dsg.model.network.heads import BoxHead, Fusion, MaskHead
 from dsg.model.network.losses import RoISampler, RPNLoss, box_head_loss, crop_masks, mask_loss, rows_with_mask
-from dsg.model.network.postprocess import select_boxes
+from dsg.model.network.postprocess import KeptBoxes, select_boxes
 from dsg.model.network.rpn import ProposalSelector, RPNHead, widen
 from dsg.model.network.types import PaddedDetections, ProposalMasks, Targets
 from dsg.ops import MultiScaleSgRoIAlign
@@ -82,13 +82,18 @@ class Detector(nn.Module):
             self.register_buffer("guidance_scale", torch.ones(()))
 
     def forward(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[dict[str, Any]] | None = None,
+        score_threshold: float = 0.0,
     ) -> dict[str, Tensor] | list[Detections]:
         """Losses in training mode, detections in eval mode.
 
         Args:
             images: float Tensor[3, H, W] each, RGB in 0..1, any mix of sizes; normalised and padded here, not resized.
             targets: in training, a dict a picture; see `stack_targets`.
+            score_threshold: 0..1; detections below it are left out, and no time goes into their masks. The
+                network's own floor holds in any case.
 
         Returns:
             In training mode the losses by name, scalars to be summed. In eval mode a `Detections` a picture, in that
@@ -99,8 +104,7 @@ class Detector(nn.Module):
         """
         batch, sizes = stack_images(images)
         if not self.training:
-            found = self.infer(batch, sizes)
-            return [self._detections(found, number, sizes) for number in range(len(images))]
+            return self._detect(batch, sizes, score_threshold)
         if targets is None:
             raise ValueError("targets are needed in training mode; call eval() for detections")
         return self.losses(batch, sizes, stack_targets(targets, images, self.config.num_classes))
@@ -112,22 +116,33 @@ class Detector(nn.Module):
             batch: Tensor[B, 3, H, W], RGB in 0..1, sides multiples of 32.
             sizes: int64 Tensor[B, 2], the valid (height, width) of each picture.
         """
-        levels = self._pyramid(batch, sizes)
-        anchors = self.anchors(levels, batch.shape[-2:], batch.dtype)
-        proposals = self.selector(*self.rpn_head(levels), anchors, sizes)
-        rois = as_rois(proposals.boxes)  # [B * K, 5]
-        proposal_masks = self._proposal_masks(levels, rois)
-        logits, deltas = self._classify(levels, rois, proposal_masks)
-        kept = select_boxes(logits, deltas, proposals, sizes, self.config)
-        # A detection keeps the mask features of the proposal it came from: F_- follows it through NMS.
-        origin = (
-            kept.origin + torch.arange(len(batch), device=rois.device)[:, None] * proposals.boxes.shape[1]
-        )  # [B, D]
-        origin_masks = None if proposal_masks is None else proposal_masks.rows(origin.flatten())
-        masks = self._segment(levels, as_rois(kept.boxes), origin_masks)  # [B * D, num_classes + 1, m, m]
-        own = masks.gather(1, kept.labels.reshape(-1, 1, 1, 1).expand(-1, 1, *masks.shape[-2:]))  # [B * D, 1, m, m]
-        probabilities = widen(own).sigmoid().squeeze(1).unflatten(0, kept.labels.shape)  # [B, D, m, m]
-        return PaddedDetections(kept.valid, kept.boxes, kept.scores, kept.labels, probabilities)
+        levels, kept, proposal_masks = self._kept_boxes(batch, sizes)
+        labels, origin = kept.labels.flatten(), kept.origin.flatten()  # [B * D]
+        masks = None if proposal_masks is None else proposal_masks.rows(origin)
+        probabilities = self._mask_probs(levels, as_rois(kept.boxes), labels, masks)  # [B * D, m, m]
+        by_image = probabilities.unflatten(0, kept.labels.shape)  # [B, D, m, m]
+        return PaddedDetections(kept.valid, kept.boxes, kept.scores, kept.labels, by_image)
+
+    def _detect(self, batch: Tensor, sizes: Tensor, score_threshold: float) -> list[Detections]:
+        """What `infer` finds, without its padding: masks are made of the rows that are returned alone."""
+        levels, kept, proposal_masks = self._kept_boxes(batch, sizes)
+        wanted = kept.valid & (kept.scores >= score_threshold)  # [B, D]
+        rows = wanted.flatten().nonzero().squeeze(1)  # [R]
+        rois = as_rois(kept.boxes)[rows]  # [R, 5]
+        labels = kept.labels.flatten()[rows]  # [R]
+        masks = None if proposal_masks is None else proposal_masks.rows(kept.origin.flatten()[rows])
+        counts = wanted.sum(dim=1).tolist()
+        parts = zip(
+            rois[:, 1:].split(counts),
+            kept.scores.flatten()[rows].split(counts),
+            labels.split(counts),
+            self._mask_probs(levels, rois, labels, masks).split(counts),
+            strict=True,
+        )
+        return [
+            Detections(boxes, scores, own_labels, probabilities, image_size=(height, width))
+            for (boxes, scores, own_labels, probabilities), (height, width) in zip(parts, sizes.tolist(), strict=True)
+        ]
 
     def losses(self, batch: Tensor, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Losses by name.
@@ -161,6 +176,22 @@ class Detector(nn.Module):
         levels: list[Tensor] = self.backbone(normalise(batch, sizes, mean, std))
         return levels
 
+    def _kept_boxes(self, batch: Tensor, sizes: Tensor) -> tuple[list[Tensor], KeptBoxes, ProposalMasks | None]:
+        """Everything up to the masks: the pyramid, D detections an image, the proposals' masks [B * K]."""
+        levels = self._pyramid(batch, sizes)
+        anchors = self.anchors(levels, batch.shape[-2:], batch.dtype)
+        proposals = self.selector(*self.rpn_head(levels), anchors, sizes)
+        rois = as_rois(proposals.boxes)  # [B * K, 5]
+        proposal_masks = self._proposal_masks(levels, rois)
+        logits, deltas = self._classify(levels, rois, proposal_masks)
+        # A detection keeps the mask features of the proposal it came from: F_- follows it through NMS.
+        return levels, select_boxes(logits, deltas, proposals, sizes, self.config), proposal_masks
+
+    def _mask_probs(
+        self, levels: list[Tensor], rois: Tensor, labels: Tensor, masks: ProposalMasks | None
+    ) -> Tensor:  # [R, 5], int64 [R] -> [R, m, m] in 0..1
+        return widen(self._segment(levels, rois, masks, labels)).sigmoid().squeeze(1)
+
     def _proposal_masks(self, levels: list[Tensor], rois: Tensor) -> ProposalMasks | None:
         if self.mpn is None:
             return None
@@ -178,25 +209,15 @@ class Detector(nn.Module):
         logits, deltas = self.box_head(features)
         return logits, deltas
 
-    def _segment(self, levels: list[Tensor], rois: Tensor, masks: ProposalMasks | None) -> Tensor:
+    def _segment(
+        self, levels: list[Tensor], rois: Tensor, masks: ProposalMasks | None, labels: Tensor | None = None
+    ) -> Tensor:
         guidance = masks.guidance if masks is not None and self.config.sgra_mask else None
         features = self.mask_features(levels[:-1], rois, guidance)  # [R, C, 14, 14]
         if masks is not None and self.fuse_mask is not None:
             features = self.fuse_mask(features, masks.features)
-        logits, _ = self.mask_head(features)
+        logits, _ = self.mask_head(features, labels)
         return logits
-
-    @staticmethod
-    def _detections(found: PaddedDetections, image: int, sizes: Tensor) -> Detections:
-        valid = found.valid[image]
-        height, width = sizes[image].tolist()
-        return Detections(
-            boxes=found.boxes[image][valid],
-            scores=found.scores[image][valid],
-            labels=found.labels[image][valid],
-            mask_probs=found.mask_probs[image][valid],
-            image_size=(height, width),
-        )
 
 
 def as_rois(boxes: Tensor) -> Tensor:  # [B, K, 4] -> [B * K, 5]

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# RoIs that a mask head works on at once at test time: its largest tensor is 4 * C * P * P numbers a RoI
+# RoIs that a mask head works on at once at test time: its largest tensor is 4 * C * P * P numbers a RoI. A GPU is fed
+# as much as its memory allows; on a CPU small tensors stay in the caches, and their memory is used again instead of
+# being asked of the system each time, which takes as long as the deconvolution.
 _ROIS_AT_ONCE = 1024
+_ROIS_AT_ONCE_CPU = 32
 
 
 class BoxHead(nn.Module):
@@ -70,25 +73,38 @@ class MaskHead(nn.Module):
         nn.init.normal_(self.predictor.weight, std=0.001)
         nn.init.zeros_(self.predictor.get_parameter("bias"))
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Raw outputs.
 
         Args:
             features: Tensor[R, C, P, P].
+            labels: int64 Tensor[R] in 0..outputs - 1: the one mask wanted of each RoI. None is all of them.
 
         Returns:
-            mask logits [R, outputs, 2P, 2P], and the features after the fourth convolution [R, C, P, P]
-            (F_- of the paper).
+            mask logits [R, outputs, 2P, 2P], with labels [R, 1, 2P, 2P], and the features after the fourth
+            convolution [R, C, P, P] (F_- of the paper).
         """
-        if self.training or features.shape[0] <= _ROIS_AT_ONCE:
-            return self._run(features)
-        parts = [self._run(part) for part in features.split(_ROIS_AT_ONCE)]
-        return torch.cat([logits for logits, _ in parts]), torch.cat([hidden for _, hidden in parts])
+        # an exported graph would hold the layers once for each part
+        small_parts = features.device.type == "cpu" and not torch.compiler.is_compiling()
+        at_once = _ROIS_AT_ONCE_CPU if small_parts else _ROIS_AT_ONCE
+        if self.training or features.shape[0] <= at_once:
+            return self._run(features, labels)
+        parts = features.split(at_once)
+        part_labels = [None] * len(parts) if labels is None else labels.split(at_once)
+        results = [self._run(*part) for part in zip(parts, part_labels, strict=True)]
+        return torch.cat([logits for logits, _ in results]), torch.cat([hidden for _, hidden in results])
 
-    def _run(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         for conv in self.convs:
-            features = functional.relu(conv(features))  # [R, C, P, P]
-        return self.predictor(functional.relu(self.deconv(features))), features
+            features = functional.relu(conv(features), inplace=True)  # [R, C, P, P]
+        upscaled = functional.relu(self.deconv(features), inplace=True)  # [R, C, 2P, 2P]
+        if labels is None:
+            return self.predictor(upscaled), features
+        # The 1x1 convolution for one output of each RoI: 1 / outputs of the work.
+        weights = self.predictor.weight.flatten(1)[labels]  # [R, C]
+        biases = self.predictor.bias[labels]  # [R]
+        logits = weights[:, None] @ upscaled.flatten(2) + biases[:, None, None]  # [R, 1, 2P * 2P]
+        return logits.unflatten(2, upscaled.shape[-2:]), features
 
 
 class Fusion(nn.Module):
@@ -106,7 +122,7 @@ class Fusion(nn.Module):
     def __init__(self, channels: int, kernel: int, activation: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
-        self.activation = nn.ReLU() if activation else nn.Identity()
+        self.activation = nn.ReLU(inplace=True) if activation else nn.Identity()
         nn.init.kaiming_uniform_(self.conv.weight, a=1)
         nn.init.zeros_(self.conv.get_parameter("bias"))
 

@@ -21,7 +21,7 @@ class KeptBoxes:
     boxes: Tensor  # [B, D, 4], zeros where not valid
     scores: Tensor  # [B, D] in 0..1, zeros where not valid
     labels: Tensor  # int64 [B, D] in 1..num_classes, 0 where not valid
-    origin: Tensor  # int64 [B, D]: which proposal of its image each came from
+    origin: Tensor  # int64 [B, D]: the row of B * K each came from
     valid: Tensor  # bool [B, D]
 
 
@@ -51,6 +51,6 @@ def select_boxes(
         boxes=boxes.gather(1, index[..., None].expand(-1, -1, 4)).masked_fill(~kept[..., None], 0.0),
         scores=scores.gather(1, index).masked_fill(~kept, 0.0),
         labels=label.gather(1, index).masked_fill(~kept, 0),
-        origin=origin.gather(1, index),
+        origin=row.gather(1, index),
         valid=kept,
     )

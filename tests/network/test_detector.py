@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dsg.model import build
+from dsg.model.network.batch import stack_images
 from dsg.model.network.losses import RoISamples, crop_masks, rows_with_mask
 from dsg.model.network.types import Targets
 
@@ -165,7 +166,7 @@ def test_mask_features_follow_the_boxes_that_survive_nms():
     model.mpn.forward = numbered
     model.fuse_mask.forward = lambda features, mask_features: mask_features
     model.fuse_box.forward = lambda features, mask_features: features
-    model.mask_head.forward = lambda features: (features[:, :1].repeat(1, 4, 2, 2), features)
+    model.mask_head.forward = lambda features, labels: (features[:, :1].repeat(1, 1, 2, 2), features)
     # offsets of zero: a detection's box is its proposal's
     model.box_head.regressor.weight.zero_()
     batch, sizes = torch.rand(1, 3, 64, 96), torch.tensor([[64, 96]])
@@ -179,6 +180,26 @@ def test_mask_features_follow_the_boxes_that_survive_nms():
         assert torch.allclose(found.boxes[0, row], proposals.boxes[0, number], atol=1e-4)
         used.add(number)
     assert len(used) > 1
+
+
+@torch.no_grad()
+def test_masks_are_made_of_the_rows_that_are_returned_alone():
+    model = confident(small())
+    model.box_head.classifier.weight *= 0.3  # no score of 1
+    pictures = [torch.rand(3, 64, 96), torch.rand(3, 50, 70), torch.rand(3, 64, 64)]
+    batch, sizes = stack_images(pictures)
+    padded = model.infer(batch, sizes)
+    ran = []
+    model.mask_head.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    for threshold in (0.0, float(padded.scores[padded.valid].median()), 1.0):
+        found = model(pictures, score_threshold=threshold)
+        assert ran.pop() == sum(map(len, found))
+        for number, one in enumerate(found):
+            rows = padded.valid[number] & (padded.scores[number] >= threshold)
+            assert one.image_size == tuple(sizes[number].tolist()) and len(one) == int(rows.sum())
+            for name in ("boxes", "scores", "labels", "mask_probs"):
+                torch.testing.assert_close(getattr(one, name), getattr(padded, name)[number][rows])
+    assert len(found[0]) == 0 and found[0].mask_probs.shape == (0, 28, 28)
 
 
 @torch.no_grad()
