@@ -53,6 +53,7 @@ class _Job:
     predictor: "Predictor"
     picture: "PreparedImage"
     deadline: float
+    score_threshold: float
     future: "Future[Outcome]" = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
 
@@ -99,7 +100,11 @@ class Batcher:
             self._thread.join(timeout_s)
 
     def submit(
-        self, predictor: "Predictor", pictures: Sequence["PreparedImage"], deadline: float
+        self,
+        predictor: "Predictor",
+        pictures: Sequence["PreparedImage"],
+        deadline: float,
+        score_threshold: float = 0.0,
     ) -> "list[Future[Outcome]]":
         """Queue the pictures of one request, together, so that an idle device sees all of them.
 
@@ -108,12 +113,13 @@ class Batcher:
             pictures: from its `prepare`.
             deadline: on the clock of `time.monotonic`; a picture that the device has not come to by then is
             dropped.
+            score_threshold: detections that score less are of no use to the request, and may be missing.
 
         Returns:
             a future for each picture. It fails with `DeadlinePassed`, `DeviceStopped` or what `detect` raised
             for this picture. Cancelling it takes the picture out of the queue.
         """
-        jobs = [_Job(predictor, picture, deadline) for picture in pictures]
+        jobs = [_Job(predictor, picture, deadline, score_threshold) for picture in pictures]
         with self._changed:
             if self._closed:
                 raise DeviceStopped
@@ -193,7 +199,8 @@ class Batcher:
         """Run a batch; where it fails, run its halves, so that only the picture at fault fails."""
         started = time.monotonic()
         try:
-            answers = jobs[0].predictor.detect([job.picture for job in jobs])
+            lowest = min(job.score_threshold for job in jobs)
+            answers = jobs[0].predictor.detect([job.picture for job in jobs], lowest)
             if len(answers) != len(jobs):
                 raise RuntimeError(f"detect gave {len(answers)} answers for {len(jobs)} pictures")
         except Exception as error:

@@ -128,7 +128,7 @@ async def _decode(service: Service, job: Job) -> "list[PreparedImage]":
 async def _detect(service: Service, job: Job, pictures: "list[PreparedImage]") -> list[Outcome]:
     waiting: list[Future[Outcome]] = []
     try:
-        waiting = service.batcher.submit(job.predictor, pictures, job.deadline)
+        waiting = service.batcher.submit(job.predictor, pictures, job.deadline, job.wanted.score_threshold)
         return await asyncio.gather(*map(asyncio.wrap_future, waiting))
     except DeadlinePassed:
         raise deadline_passed() from None

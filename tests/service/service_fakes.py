@@ -55,6 +55,7 @@ class FakePredictor:
         self.gate.set()
         self.entered = threading.Semaphore(0)
         self.batches: list[list[tuple[int, int]]] = []
+        self.thresholds: list[float] = []
         self.threads: set[str] = set()
         self.failure: Callable[[Sequence[PreparedImage]], Exception | None] = poisoned
 
@@ -64,10 +65,11 @@ class FakePredictor:
         padded = (-(-height // 32) * 32, -(-width // 32) * 32)
         return PreparedImage(torch.from_numpy(image).permute(2, 0, 1), (height, width), padded)
 
-    def detect(self, prepared: Sequence[PreparedImage]) -> list[Detections]:
+    def detect(self, prepared: Sequence[PreparedImage], score_threshold: float = 0.0) -> list[Detections]:
         self.threads.add(threading.current_thread().name)
         assert len({one.padded_size for one in prepared}) == 1
         self.batches.append([one.original_size for one in prepared])
+        self.thresholds.append(score_threshold)
         self.entered.release()
         assert self.gate.wait(_PATIENCE_S)
         error = self.failure(prepared)

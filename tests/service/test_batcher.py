@@ -97,6 +97,14 @@ def test_models_never_share_a_batch(batcher: Batcher, predictor: FakePredictor) 
     assert len(other.batches) == 1
 
 
+def test_a_batch_runs_with_the_lowest_score_threshold_in_it(batcher: Batcher, predictor: FakePredictor) -> None:
+    occupy(batcher, predictor)
+    futures = [batcher.submit(predictor, [prepared(predictor)], FAR, one)[0] for one in (0.5, 0.2, 0.9)]
+    predictor.gate.set()
+    assert [future.result(WAIT).batch_size for future in futures] == [3, 3, 3]
+    assert predictor.thresholds == [0.0, 0.2]
+
+
 @pytest.mark.parametrize("culprits", [{0}, {3}, {1, 2}, {0, 1, 2, 3}])
 def test_only_the_culprits_of_a_batch_fail(
     batcher: Batcher, predictor: FakePredictor, metrics: Metrics, culprits: set[int]

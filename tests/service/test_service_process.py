@@ -27,11 +27,11 @@ from service_fakes import FakePredictor
 from dsg.service import Settings, serve
 
 class Waiting(FakePredictor):
-    def detect(self, prepared):
+    def detect(self, prepared, score_threshold):
         if any(one.original_size[1] == 97 for one in prepared):
             print("entered", flush=True)
             sys.stdin.readline()
-        return super().detect(prepared)
+        return super().detect(prepared, score_threshold)
 
 serve(Settings(port=0, model="fake"), lambda name, device: Waiting())
 print("returned", flush=True)

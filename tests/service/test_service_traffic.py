@@ -70,6 +70,14 @@ def test_what_arrives_while_the_device_is_busy_runs_together() -> None:
         assert server.metric("dsg_batch_size_bucket", le="4.0") - server.metric("dsg_batch_size_bucket", le="3.0") == 1
 
 
+def test_the_network_is_told_the_score_threshold_of_a_request() -> None:
+    with serving() as server:
+        assert server.post(GOOD, params={"score_threshold": 0.75}).status_code == 200
+        assert server.post(GOOD).status_code == 200
+        # the warm-up takes everything, so that it makes masks
+        assert server.predictor.thresholds == [0.0, 0.75, server.predictor.info.score_threshold]
+
+
 def test_a_poisoned_picture_fails_alone() -> None:
     poison = encoded(picture((0, 0, 96, 1), colour=POISON))
     with serving() as server:
