@@ -138,7 +138,7 @@ def test_a_lost_device_is_not_tried_again(batcher: Batcher, predictor: FakePredi
 
 
 def test_too_few_answers_are_an_error(batcher: Batcher, predictor: FakePredictor, monkeypatch) -> None:
-    monkeypatch.setattr(predictor, "detect", lambda batch: [])
+    monkeypatch.setattr(predictor, "detect", lambda batch, score_threshold: [])
     (future,) = batcher.submit(predictor, [prepared(predictor)], FAR)
     with pytest.raises(RuntimeError, match="0 answers for 1"):
         future.result(WAIT)
