@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsg.model.network.norm import FrozenBatchNorm2d
+from dsg.model.network.norm import FrozenBatchNorm2d, convolve_and_normalise
 
 
 class Stage(NamedTuple):
@@ -73,10 +73,14 @@ class InvertedResidual(nn.Module):
         self.bn2 = FrozenBatchNorm2d(out_channels, norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, out_channels, H / stride, W / stride]
-        out = F.relu6(self.bn0(self.expand_conv(x)), inplace=True) if self.expands else x
-        out = F.relu6(self.bn1(self.depthwise_conv(out)), inplace=True)
-        out = self.bn2(self.project_conv(out))
-        return out + x if self.has_residual else out
+        out = x
+        if self.expands:
+            out = F.relu6(convolve_and_normalise(self.expand_conv, self.bn0, x), inplace=True)
+        out = F.relu6(convolve_and_normalise(self.depthwise_conv, self.bn1, out), inplace=True)
+        out = convolve_and_normalise(self.project_conv, self.bn2, out)
+        if self.has_residual:
+            out += x
+        return out
 
 
 class EfficientNetLite(nn.Module):
@@ -149,7 +153,7 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:  # [B, 3, H, W] -> 4 x [B, C, H / stride, W / stride]
         """Features C2 to C5 of normalised images, finest first."""
-        x = F.relu6(self.bn0(self.conv_stem(images)), inplace=True)  # [B, 32, H/2, W/2]
+        x = F.relu6(convolve_and_normalise(self.conv_stem, self.bn0, images), inplace=True)  # [B, 32, H/2, W/2]
         features = []
         for index, block in enumerate(self.blocks):
             x = block(x)

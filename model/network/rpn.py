@@ -41,7 +41,7 @@ class RPNHead(nn.Module):
         """
         logits, deltas = [], []
         for features in levels:
-            hidden = functional.relu(self.conv(features))  # [B, C, Hf, Wf]
+            hidden = functional.relu(self.conv(features), inplace=True)  # [B, C, Hf, Wf]
             logits.append(widen(self.objectness(hidden)).permute(0, 2, 3, 1).flatten(1))  # [B, Hf * Wf * A]
             by_cell = widen(self.deltas(hidden)).permute(0, 2, 3, 1)  # [B, Hf, Wf, A * 4]
             deltas.append(by_cell.reshape(len(features), -1, 4))  # [B, Hf * Wf * A, 4]

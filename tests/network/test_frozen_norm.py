@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dsg.model.network.norm import FrozenBatchNorm2d
+from dsg.model.network.efficientnet_lite import EfficientNetLite
+from dsg.model.network.norm import FrozenBatchNorm2d, convolve_and_normalise
+from dsg.model.network.resnet import ResNet
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
@@ -64,3 +66,40 @@ def test_frozen_norm_keeps_no_feature_map_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         norm(x)
     assert sum(kept) <= 8  # the scale
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    for norm in (part for part in module.modules() if isinstance(part, FrozenBatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.2)
+        nn.init.normal_(norm.running_mean, std=0.2)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return module.double().eval()
+
+
+@pytest.mark.parametrize(("groups", "kernel", "stride"), [(1, 1, 1), (6, 3, 2), (2, 5, 1)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_norm_in_the_convolution_equals_one_after_it(groups, kernel, stride, memory_format):
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(6, 12, kernel, stride, kernel // 2, groups=groups, bias=False).double()
+    norm = randomised(FrozenBatchNorm2d(12, eps=1e-3))
+    convolution.to(memory_format=memory_format)
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64).contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        found = convolve_and_normalise(convolution, norm, x)
+        torch.testing.assert_close(found, norm(convolution(x)), rtol=0, atol=1e-12)
+        assert found.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("backbone", [EfficientNetLite, lambda: ResNet(50)], ids=["lite0", "resnet50"])
+def test_backbones_give_the_same_with_gradients_and_without(backbone):
+    torch.manual_seed(0)
+    network = randomised(backbone())
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    after = network(images)
+    assert after[-1].requires_grad
+    with torch.no_grad():
+        within = network(images)
+    for one, other in zip(within, after, strict=True):
+        assert float(other.detach().abs().max()) > 1e-3
+        torch.testing.assert_close(one, other.detach(), rtol=1e-9, atol=1e-9)
