@@ -114,6 +114,33 @@ def test_limits(predictor):
     assert predictor.predict([]) == []
 
 
+def test_a_threshold_leaves_out_and_changes_nothing_else(predictor):
+    pictures = [pixels(64, 96), pixels(64, 96, seed=1), pixels(70, 64, seed=2)]
+    everything = predictor.predict(pictures, score_threshold=0.0)
+    threshold = float(everything[0].scores.median())
+    for some, found in zip(predictor.predict(pictures, threshold), everything, strict=True):
+        expected = found.select(threshold, 50)
+        assert 0 < len(some) == len(expected) <= len(found)
+        for part in ("boxes", "scores", "labels", "mask_probs"):
+            torch.testing.assert_close(getattr(some, part), getattr(expected, part))
+
+
+def test_a_network_of_another_kind_gets_pictures_alone(predictor):
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = predictor.model
+
+        def forward(self, images):
+            return self.inner(images)
+
+    picture = pixels(64, 96)
+    (found,) = Predictor(Wrapped(), predictor.info).predict([picture], 0.6)
+    (expected,) = predictor.predict([picture], 0.6)
+    assert len(found) == len(expected) and (found.scores >= 0.6).all()
+    assert torch.equal(found.boxes, expected.boxes)
+
+
 @pytest.mark.parametrize(
     ("picture", "error", "message"),
     [
@@ -165,6 +192,11 @@ def test_resize_keeps_flat_colours_and_rounds_8_bit():
 def test_load_by_path_and_by_name(predictor, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "small.safetensors", predictor.model, predictor.info)
     by_path = load(tmp_path / "small.safetensors", device="cpu")
+    # its layout is its own affair: the same file can be written from it
+    written = save_checkpoint(tmp_path / "again.safetensors", by_path.model, by_path.info)
+    assert written.hash == by_path.info.hash
+    (tmp_path / "again.safetensors").unlink()
+    assert by_path.model.rpn_head.conv.weight.is_contiguous(memory_format=torch.channels_last)
     monkeypatch.setattr("dsg.model.network.predictor.WEIGHTS_DIR", tmp_path)
     by_name = load("small", device="cpu")
     picture = pixels(70, 80)
