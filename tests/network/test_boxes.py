@@ -21,7 +21,7 @@ def random_boxes(count: int, seed: int, extent: float = 100.0):
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(count, 2, generator=generator, dtype=torch.float64) * extent
     return torch.cat(
-        [corner, corner + torch.rand(count, 2, generator=generator, dtype=torch.float64) * extent / 2 + 0.5],
+        [corner, corner + torch.rand(count, 2, generator=generator, dtype=torch.float64) * extent / 2 + 2],
         1,
     )
 

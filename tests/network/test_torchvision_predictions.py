@@ -1,5 +1,7 @@
 """An imported Mask R-CNN predicts what torchvision's predicts: live, with random weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,10 @@ from torch.nn import functional
 from torchvision_twins import our_twin, torchvision_mask_rcnn
 
 from dsg.model.network.predictor import Predictor, resize
+
+
+# As many as show that each cut takes the same ones; float64 convolutions take long.
+CANDIDATES, PROPOSALS, DETECTIONS = 200, 150, 40
 
 
 def picture(seed: int, height: int, width: int) -> Tensor:
@@ -19,8 +25,17 @@ def picture(seed: int, height: int, width: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory):
-    theirs = torchvision_mask_rcnn(0, short_side=128, long_side=256)
+    theirs = torchvision_mask_rcnn(
+        0,
+        short_side=128,
+        long_side=256,
+        rpn_pre_nms_top_n_test=CANDIDATES,
+        rpn_post_nms_top_n_test=PROPOSALS,
+        box_detections_per_img=DETECTIONS,
+    )
     ours, info = our_twin(theirs, tmp_path_factory.mktemp("twins"))
+    ours.selector.candidates, ours.selector.proposals = (CANDIDATES, CANDIDATES), (PROPOSALS, PROPOSALS)
+    ours.config = replace(ours.config, max_detections=DETECTIONS)
     return theirs, ours, info
 
 
@@ -76,6 +91,4 @@ def test_all_91_outputs_are_kept_with_their_category_ids(twins):
 
 
 def with_resize(info, short_side: int, long_side: int):
-    from dataclasses import replace
-
     return replace(info, resize=replace(info.resize, short_side=short_side, long_side=long_side))

@@ -9,7 +9,7 @@ from torchvision_twins import our_twin, torchvision_mask_rcnn
 from dsg.model.network.matching import BalancedSampler
 
 STEPS = 10
-ROIS, ANCHORS = 24, 32
+ROIS, ANCHORS = 16, 32
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
 
@@ -22,8 +22,8 @@ def scene(seed: int, height: int, width: int, count: int):
     boxes, masks = [], []
     y, x = torch.arange(height)[:, None], torch.arange(width)[None]
     for number in range(count):
-        cy, cx = (torch.rand(2, generator=generator) * torch.tensor([height - 40, width - 40]) + 20).tolist()
-        ry, rx = (torch.rand(2, generator=generator) * 22 + 10).tolist()
+        cy, cx = (torch.rand(2, generator=generator) * torch.tensor([height - 24, width - 24]) + 12).tolist()
+        ry, rx = (torch.rand(2, generator=generator) * 14 + 8).tolist()
         inside = (
             ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 <= 1
             if number % 2
@@ -61,8 +61,8 @@ def test_losses_and_gradients_of_ten_steps_are_equal(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision_utils.BalancedPositiveNegativeSampler, "__call__", first_rows_sampler)
     theirs = torchvision_mask_rcnn(
         3,
-        short_side=128,
-        long_side=256,
+        short_side=64,
+        long_side=128,
         rpn_pre_nms_top_n_train=120,
         rpn_post_nms_top_n_train=60,
         rpn_batch_size_per_image=ANCHORS,
@@ -82,7 +82,7 @@ def test_losses_and_gradients_of_ten_steps_are_equal(tmp_path, monkeypatch):
     ]
     saw_masks = False
     for step in range(STEPS):
-        scenes = [scene(2 * step, 128, 160, 3), scene(2 * step + 1, 128, 128, 2)]
+        scenes = [scene(2 * step, 64, 96, 3), scene(2 * step + 1, 64, 64, 2)]
         pictures, targets = [s[0] for s in scenes], [s[1] for s in scenes]
         losses = []
         for model, optimiser in zip((theirs, ours), optimisers, strict=True):
