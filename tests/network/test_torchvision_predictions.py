@@ -10,7 +10,6 @@ from torchvision_twins import our_twin, torchvision_mask_rcnn
 
 from dsg.model.network.predictor import Predictor, resize
 
-
 # As many as show that each cut takes the same ones; float64 convolutions take long.
 CANDIDATES, PROPOSALS, DETECTIONS = 200, 150, 40
 
