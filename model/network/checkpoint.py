@@ -6,7 +6,6 @@ The file's metadata holds one JSON document under the key `dsg`: a `CheckpointIn
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dsg.model.network.atomic import replacing
 from dsg.model.network.build import build_from_config
 from dsg.model.network.detector import Detector
 from dsg.model.network.presets import preset_config
@@ -113,7 +113,7 @@ def save_checkpoint(
     """Write a checkpoint in one step: a reader sees the old file or the new one, never half of one.
 
     Args:
-        path: file to write; its folder must exist.
+        path: file to write; its folder is made if it is not there.
         model: what `build(info.preset, len(info.categories), **info.overrides)` gives.
         half: store floating tensors in float16, except norm statistics, whose range float16 cannot hold.
 
@@ -131,18 +131,8 @@ def save_checkpoint(
     if half:
         tensors = {name: _to_half(name, tensor) for name, tensor in tensors.items()}
     info = replace(info, hash=hash_tensors(tensors), version=version("dsg"))
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    try:
+    with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={_KEY: info.to_json()})
-        os.chmod(temporary, 0o644)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
     return info
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dsg.model.training.atomic import replacing
+from dsg.model.network.atomic import replacing
 from dsg.model.training.config import Recipe
 from dsg.model.training.ema import Ema
 from dsg.model.training.errors import TrainingError

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dsg.model.data.records import CocoData
+from dsg.model.network.atomic import replacing
 from dsg.model.network.build import build
 from dsg.model.network.checkpoint import CheckpointError, CheckpointInfo, Resize, read_info, save_checkpoint
 from dsg.model.network.config import FIELD_NAMES
 from dsg.model.network.detector import Detector
 from dsg.model.network.predictor import shipped_weights
 from dsg.model.network.presets import preset_config, presets
-from dsg.model.training.atomic import replacing
 from dsg.model.training.config import Recipe
 from dsg.model.training.recipe_file import to_table
 

@@ -24,7 +24,7 @@ from dsg.model.training.log import TrainingLog
 from dsg.model.training.loop import Hooks, Metrics, TrainLoop, precision_of
 from dsg.model.training.optim import Schedule, build_optimizer
 from dsg.model.training.release import describe, origin_of, save_best
-from dsg.model.training.sources import PathLike, digest_of, first_pictures, read_sets
+from dsg.model.training.sources import PathLike, digest_of, first_pictures, read_sets, write_held_out
 from dsg.model.training.validate import Validation
 
 
@@ -41,8 +41,7 @@ def train(
     device: str | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Trains a network and writes `best.safetensors`, `last`, metrics.jsonl and TensorBoard events into
-    `out`.
+    """Trains a network; writes `best.safetensors`, `last`, metrics.jsonl and TensorBoard events into `out`.
 
     Under torchrun every process calls this; the first one writes.
 
@@ -52,8 +51,8 @@ def train(
         images: folder of each file's pictures, in the same order; None or too few: `images/` beside the file.
         out: folder of the run; its name becomes the name of the weights.
         val, val_images: the same for validation; without `val` a tenth of the pictures, by a hash of the
-        image id. init: weights to start from: a name that `dsg models` lists, a checkpoint, or a backbone's
-        weight file.
+            image id, which is also written to `out`/validation.json.
+        init: weights to start from: a name that `dsg models` lists, a checkpoint, or a backbone's weight file.
             Without effect where `resume` is set.
         resume: go on from `out`/last.
         device: "cpu", "cuda" or "cuda:1"; None takes a GPU if there is one.
@@ -120,6 +119,8 @@ def train(
         with TrainingLog(out, state.iteration, schedule.iterations, ranks.is_main, console) as log:
             for line in [*_opening(recipe, schedule, train_set, validation, chosen, ranks), begun]:
                 log.say(line)
+            if ranks.is_main and not val and not resume:
+                write_held_out(out / "validation.json", val_set)
             hooks = Hooks(validation, keep_best, keep_last)
             reason = TrainLoop(state, loader, schedule, recipe, hooks, log, device=chosen, ranks=ranks).run()
             result = best if state.best_ap >= 0 else last

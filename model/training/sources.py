@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from dsg.model.data.coco import join, read_coco, split
 from dsg.model.data.records import CocoData
+from dsg.model.network.atomic import replacing
 from dsg.model.training.errors import TrainingError
+from dsg.model.training.validate import ground_truth
 
 PathLike = str | Path
 
@@ -26,8 +29,7 @@ def read_sets(
         files: COCO files for training, joined by category name.
         folders: where each file's pictures are; where None or absent, `images/` beside the file.
         val_files, val_folders: the same for validation; without them a tenth of the training pictures, by a
-        hash of
-            the image id.
+            hash of the image id.
 
     Raises:
         TrainingError: no file, or more folders than files.
@@ -37,6 +39,20 @@ def read_sets(
     if data is None:
         raise TrainingError("no training data: give --data TRAIN.json, a COCO file")
     return (data, val) if val else split(data)
+
+
+def write_held_out(path: Path, data: CocoData) -> None:
+    """The pictures that a run does not train on, as a COCO file for `dsg eval --annotations FILE --images FOLDER`.
+
+    Args:
+        path: file to write; names of pictures are relative to its folder, which is what --images takes.
+        data: the pictures.
+    """
+    document = ground_truth(data)
+    for image, record in zip(document["images"], data.records, strict=True):
+        image["file_name"] = os.path.relpath(record.path, path.parent)
+    with replacing(path) as temporary:
+        Path(temporary).write_text(json.dumps(document))
 
 
 def digest_of(data: CocoData) -> str:

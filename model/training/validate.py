@@ -224,10 +224,12 @@ def _coco_annotation(
 
 
 def _rle(segmentation: list[list[float]] | dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes):
-        return segmentation
-    rle = coco_mask.frPyObjects(segmentation, height, width)
-    return coco_mask.merge(rle) if isinstance(rle, list) else rle
+    if not (isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes)):
+        parts = coco_mask.frPyObjects(segmentation, height, width)
+        segmentation = coco_mask.merge(parts) if isinstance(parts, list) else parts
+    counts = segmentation["counts"]
+    # text, so that the document can be written as JSON
+    return {**segmentation, "counts": counts.decode() if isinstance(counts, bytes) else counts}
 
 
 def _some(categories: Sequence[Category]) -> str:
