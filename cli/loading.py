@@ -26,7 +26,7 @@ def load_predictor(model: str, device: str | None) -> "Predictor":
         ValueError: an unknown name, or a file that is no checkpoint, or no such device here.
         FileNotFoundError: no such file.
     """
-    from dsg.model import load
+    from dsg.export import load
 
     return load(model, device=device)
 

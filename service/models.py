@@ -25,11 +25,9 @@ _WARM_UP_SIZE = (480, 640)
 
 def load_predictor(name_or_path: str, device: str | None) -> "Predictor":
     """Load a checkpoint: a shipped name, or a path. The default of `create_app`."""
-    from dsg import (
-        model,  # here, and not above: importing the service looks for no device
-    )
+    from dsg import export  # here, and not above: importing the service imports no torch
 
-    return model.load(name_or_path, device)
+    return export.load(name_or_path, device)
 
 
 def kernel_in_use() -> str:
