@@ -101,6 +101,7 @@ class MaskHead(nn.Module):
         if labels is None:
             return self.predictor(upscaled), features
         # The 1x1 convolution for one output of each RoI: 1 / outputs of the work.
+        assert self.predictor.bias is not None
         weights = self.predictor.weight.flatten(1)[labels]  # [R, C]
         biases = self.predictor.bias[labels]  # [R]
         logits = weights[:, None] @ upscaled.flatten(2) + biases[:, None, None]  # [R, 1, 2P * 2P]
