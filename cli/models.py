@@ -24,6 +24,8 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
         )
         typer.echo(f"  {'':<24} licence: {weight['licence']}")
         for key, note in weight["notes"].items():
+            if key == "recipe_json":  # a page of numbers; --json has it
+                continue
             typer.echo(f"  {'':<24} {key}: {note}")
     if not weights:
         typer.echo("  none")
