@@ -64,3 +64,15 @@ def test_fusion_leaves_what_it_is_given():
     expected = features[..., ::2, ::2] + functional.avg_pool2d(added, 2)
     torch.testing.assert_close(fused, expected, rtol=0, atol=1e-9)
     assert torch.equal(features, copies[0]) and torch.equal(mask_features, copies[1])
+
+
+@torch.no_grad()
+def test_an_exported_graph_holds_each_layer_once(monkeypatch):
+    monkeypatch.setattr(heads, "_ROIS_AT_ONCE_CPU", 3)
+    head, features, labels = mask_head(4), torch.randn(7, 8, 14, 14, dtype=torch.float64), torch.arange(7) % 4
+    exported = torch.export.export(head, (features, labels), strict=False)
+    names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert sum("conv2d" in name for name in names) == 4
+    assert sum("conv_transpose2d" in name for name in names) == 1
+    found = exported.module()(features, labels)
+    torch.testing.assert_close(found[0], head(features, labels)[0], rtol=0, atol=1e-9)
