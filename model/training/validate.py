@@ -224,12 +224,14 @@ def _coco_annotation(
 
 
 def _rle(segmentation: list[list[float]] | dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    if not (isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes)):
+    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes):
+        rle = segmentation
+    else:
         parts = coco_mask.frPyObjects(segmentation, height, width)
-        segmentation = coco_mask.merge(parts) if isinstance(parts, list) else parts
-    counts = segmentation["counts"]
+        rle = coco_mask.merge(parts) if isinstance(parts, list) else parts
+    counts = rle["counts"]
     # text, so that the document can be written as JSON
-    return {**segmentation, "counts": counts.decode() if isinstance(counts, bytes) else counts}
+    return {**rle, "counts": counts.decode() if isinstance(counts, bytes) else counts}
 
 
 def _some(categories: Sequence[Category]) -> str:
