@@ -15,6 +15,7 @@ _OPACITY = 0.45
 _GOLDEN_ANGLE = 0.381966  # of a turn: neighbours in the list get colours far apart, however many there are
 _TEXT_SHARE = 1 / 50  # height of text, of the picture's shorter side
 _TEXT_PIXELS = (10, 40)
+_TEXT_TIMES_BOX = 2.0  # a name wider than this many times its box is left out
 
 
 def colour_of(index: int) -> tuple[int, int, int]:
@@ -53,6 +54,8 @@ def draw_instances(
         colour = colour_of(index)
         draw.rectangle((x, y, x + width, y + height), outline=colour, width=max(1, text_height // 8))
         text = f"{names[annotation['category_id']]} {annotation['score']:.2f}"
+        if draw.textlength(text, font=font) > _TEXT_TIMES_BOX * width:
+            continue  # names of a crowd of small things would hide the crowd
         corner = (x, max(0, y - text_height * 1.25))
         draw.rectangle(draw.textbbox(corner, text, font=font), fill=colour)
         draw.text(corner, text, fill="black", font=font)
