@@ -51,7 +51,7 @@ def train(
         images: folder of each file's pictures, in the same order; None or too few: `images/` beside the file.
         out: folder of the run; its name becomes the name of the weights.
         val, val_images: the same for validation; without `val` a tenth of the pictures, by a hash of the
-            image id, which is also written to `out`/validation.json.
+            image id, which is also written to `out`/held_out.json.
         init: weights to start from: a name that `dsg models` lists, a checkpoint, or a backbone's weight file.
             Without effect where `resume` is set.
         resume: go on from `out`/last.
@@ -120,7 +120,7 @@ def train(
             for line in [*_opening(recipe, schedule, train_set, validation, chosen, ranks), begun]:
                 log.say(line)
             if ranks.is_main and not val and not resume:
-                write_held_out(out / "validation.json", val_set)
+                write_held_out(out / "held_out.json", val_set)
             hooks = Hooks(validation, keep_best, keep_last)
             reason = TrainLoop(state, loader, schedule, recipe, hooks, log, device=chosen, ranks=ranks).run()
             result = best if state.best_ap >= 0 else last

@@ -8,9 +8,9 @@ def test_the_written_file_holds_the_same_pictures_and_objects(shapes, tmp_path):
     _, kept = split(read_coco(shapes(tmp_path / "set", 40)), 0.3)
     assert 2 <= len(kept.records) < 38
     (tmp_path / "runs").mkdir()
-    write_held_out(tmp_path / "runs" / "validation.json", kept)
+    write_held_out(tmp_path / "runs" / "held_out.json", kept)
 
-    found = read_coco(tmp_path / "runs" / "validation.json", tmp_path / "runs")
+    found = read_coco(tmp_path / "runs" / "held_out.json", tmp_path / "runs")
     assert found.categories == kept.categories
     for record, wanted in zip(found.records, kept.records, strict=True):
         assert (record.id, record.height, record.width) == (wanted.id, wanted.height, wanted.width)
