@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from dsg.model.network.anchors import AnchorGenerator
-from dsg.model.network.backbones import BackboneWithPyramid, backbone_channels
+from dsg.model.network.backbones import BackboneWithPyramid, backbone_channels, backbone_normalisation
 from dsg.model.network.config import DetectorConfig
 from dsg.model.network.detector import Detector
 from dsg.model.network.efficientnet_lite import EfficientNetLite
@@ -29,7 +29,7 @@ def build(name: str, num_classes: int = 80, backbone: nn.Module | None = None, *
         name: one of `presets()`.
         num_classes: foreground classes; labels are 1..num_classes.
         backbone: a module that gives [C2, C3, C4, C5] (strides 4, 8, 16, 32) in place of the preset's, for example
-            from timm; see `backbones.backbone_channels` for how its channels are known.
+            from timm; `backbones` says how its channels and the normalisation it wants are known.
         overrides: fields of `DetectorConfig`, among them the paper's switches `mrpn`, `fuse_mask`, `sgra_box`,
             `fuse_box`, `sgra_mask`, and `fuse_kernel`, `fuse_activation`, `detach_guidance`, `proposals`,
             `max_detections`.
@@ -37,6 +37,9 @@ def build(name: str, num_classes: int = 80, backbone: nn.Module | None = None, *
     Raises:
         ValueError: an unknown name or override, or values that do not go together.
     """
+    if backbone is not None:
+        mean, std = backbone_normalisation(backbone)
+        overrides = {"pixel_mean": mean, "pixel_std": std, **overrides}
     return build_from_config(preset_config(name, num_classes, **overrides), backbone)
 
 

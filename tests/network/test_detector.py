@@ -278,6 +278,7 @@ def test_half_precision_keeps_boxes_and_scores_in_float32():
 def test_an_own_backbone():
     class Strided(torch.nn.Module):
         out_channels = (8, 8, 8, 8)
+        pixel_mean = (0.5, 0.4, 0.3)
 
         def __init__(self):
             super().__init__()
@@ -288,5 +289,8 @@ def test_an_own_backbone():
             return [finest, *(torch.nn.functional.avg_pool2d(finest, 2**k) for k in (1, 2, 3))]
 
     model = build("mask_rcnn_lite0_fpn", num_classes=3, backbone=Strided(), **SMALL)
+    assert model.config.pixel_mean == (0.5, 0.4, 0.3)  # its own, not those of the preset it takes the place of
+    assert model.pixel_mean.tolist() == [0.5, 0.4, 0.3]
+    assert model.config.pixel_std == (0.229, 0.224, 0.225)  # it says none: ImageNet's
     sum(model([torch.rand(3, 64, 96)], [target()]).values()).backward()
     assert gradients_or_zeros(model) == []
