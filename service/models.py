@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +74,22 @@ class Models:
             detail = f"no model is named {name[:100]!r}; there are {', '.join(self._served)}"
             raise Problem(422, "unknown_model", detail) from None
 
+    @staticmethod
+    def check_names(asked: Sequence[str]) -> None:
+        """Raise ValueError if two models that the operator names would be served under one name.
+
+        Every training run calls its files best and last, so that models of two runs are easily given so.
+        """
+        sources: dict[str, str] = {}
+        for source in asked:
+            name = _served_name(source)
+            if name in sources:
+                raise ValueError(
+                    f"{sources[name]} and {source} would both be served as {name!r}; rename one file, or put it "
+                    "into DSG_MODEL_DIR under its own name"
+                )
+            sources[name] = source
+
     def load(self, asked: str) -> "tuple[str, Predictor]":
         """Load a model that the operator names: a file of `model_dir`, a shipped name, or a path.
 
@@ -83,7 +99,7 @@ class Models:
         source = asked
         if _NAME.fullmatch(asked) and (found := self._in_model_dir(asked)) is not None:
             source = str(found)
-        name = Path(asked).name.removesuffix(_SUFFIX)
+        name = _served_name(asked)
         # One at a time: two models being read at once would need their memory at once.
         with self._loading:
             return name, self._load(source, self._device)
@@ -113,3 +129,7 @@ class Models:
             return None
         path = self._model_dir / f"{name.removesuffix(_SUFFIX)}{_SUFFIX}"
         return path if path.is_file() else None
+
+
+def _served_name(asked: str) -> str:
+    return Path(asked).name.removesuffix(_SUFFIX)

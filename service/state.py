@@ -42,6 +42,7 @@ class Service:
 
     async def start(self) -> None:
         """Load and warm every model. Raises ValueError or OSError with one line when that fails."""
+        self.models.check_names(self.settings.models)
         self.batcher.start()
         for asked in self.settings.models:
             await self._load(asked)
