@@ -106,6 +106,8 @@ class DetectorConfig:
     max_detections: int = 100
 
     def __post_init__(self) -> None:
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {self.backbone!r}")
         needs_mrpn = [f for f in ("fuse_mask", "sgra_box", "fuse_box", "sgra_mask") if getattr(self, f)]
         if needs_mrpn and not self.mrpn:
             raise ValueError(f"{', '.join(needs_mrpn)} need mrpn=True: they use what the mask proposals give")
