@@ -47,7 +47,7 @@ class ReloadBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    """Name of a file in the model folder, without its ending."""
+    """Name of a file in the model folder, with or without its ending."""
 
 
 def service_of(request: Request) -> Service:
@@ -172,10 +172,10 @@ async def reload(request: Request, service: CurrentService) -> dict[str, str]:
     service.check_ready()
     body = await read_body(request, _LARGEST_RELOAD_BODY, service.settings.body_timeout_ms / 1000)
     try:
-        name = ReloadBody.model_validate_json(body).model
+        asked = ReloadBody.model_validate_json(body).model
     except ValidationError:
         raise Problem(422, "wrong_parameter", 'the body is a JSON object with one member: {"model": NAME}') from None
-    await service.reload(name)
+    name = await service.reload(asked)
     return {"model": name, "hash": service.models.get(name).info.hash}
 
 

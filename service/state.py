@@ -77,8 +77,11 @@ class Service:
         if self.batcher.fault is not None:
             raise Problem(503, "unhealthy", self.batcher.fault, {"Connection": "close"})
 
-    async def reload(self, name: str) -> None:
+    async def reload(self, name: str) -> str:
         """Load a model from the model folder, warm it, and swap it in; requests go on meanwhile.
+
+        Returns:
+            the name that it is served under: without the ending that `name` may have.
 
         Raises:
             Problem: 422 no such model, or a file that does not load (the old model stays).
@@ -86,7 +89,7 @@ class Service:
         source = self.models.reload_source(name)
         async with self._reloading:
             try:
-                await self._load(source)
+                return await self._load(source)
             except (ValueError, TypeError, OSError) as error:
                 _log.warning("reload failed", model=name, error=str(error))
                 detail = f"model {name!r} does not load, and the log says why; what was served before still is"
@@ -100,7 +103,7 @@ class Service:
         """Run a task on an encode thread; cancelling drops it if it has not begun."""
         return await asyncio.get_running_loop().run_in_executor(self._encoders, task)
 
-    async def _load(self, asked: str) -> None:
+    async def _load(self, asked: str) -> str:
         loop = asyncio.get_running_loop()
         name, predictor = await loop.run_in_executor(self._loader, self.models.load, asked)
         picture = await loop.run_in_executor(self._loader, predictor.prepare, warm_up_picture())
@@ -110,3 +113,4 @@ class Service:
         self.models.serve(name, predictor)
         info = predictor.info
         _log.info("model ready", model=name, version=info.version, hash=info.hash[:12], licence=info.licence)
+        return name

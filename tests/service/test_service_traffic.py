@@ -218,7 +218,10 @@ def test_reload_takes_names_of_files_in_the_folder_alone(tmp_path: Path) -> None
         response = server.client.post("/models/reload", json={"model": "broken"}, headers=headers)
         assert (response.status_code, response.json()["reason"]) == (422, "broken_model")
         assert str(tmp_path) not in response.text
-        assert server.client.post("/models/reload", json={"model": "second"}, headers=headers).status_code == 200
+        for name in ("second", "second.safetensors"):
+            response = server.client.post("/models/reload", json={"model": name}, headers=headers)
+            assert response.status_code == 200, response.text
+            assert response.json() == {"model": "second", "hash": "0123abcd"}
         assert [one["name"] for one in server.client.get("/models").json()["models"]] == ["fake", "second"]
         assert server.post(GOOD).json()["info"]["model"] == "fake"
         assert server.post(GOOD, params={"model": "second"}).json()["info"]["model"] == "second"
