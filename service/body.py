@@ -1,6 +1,8 @@
 """Request bodies: read within limits of bytes and time, taken apart into pictures. Nothing goes to disk."""
 
 import asyncio
+import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
-from dsg.service.problems import CLIENT_GONE, Problem
+from dsg.service.problems import CLIENT_GONE, Problem, deadline_passed
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -31,13 +33,20 @@ class Upload:
     data: bytes
 
 
-async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+async def read_body(request: Request, max_bytes: int, timeout_s: float, deadline: float = math.inf) -> bytes:
     """The whole body.
 
+    Args:
+        request: whose body has not been read yet.
+        max_bytes: cap of its size.
+        timeout_s: cap of the time that it may take from now.
+        deadline: of the request, on the clock of `time.monotonic`.
+
     Raises:
-        Problem: 413 more than `max_bytes`, declared or sent; 408 not complete within `timeout_s`; 499 hung
-            up.
+        Problem: 413 more than `max_bytes`, declared or sent; 408 not complete within `timeout_s`, or 504 by
+            `deadline`, whichever comes first; 499 hung up.
     """
+    left_s = max(0.0, deadline - time.monotonic())
     declared = request.headers.get("content-length", "")
     over = declared.isdigit() and int(declared) > max_bytes
     chunks: list[bytes] = []
@@ -45,7 +54,7 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
     # A client that asks first ("Expect: 100-continue") has not sent anything yet; reading would invite it to.
     if not (over and "expect" in request.headers):
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(min(timeout_s, left_s)):
                 async for chunk in request.stream():
                     size += len(chunk)
                     over = over or size > max_bytes
@@ -59,6 +68,8 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
                         # the 413.
                         chunks.clear()
         except TimeoutError:
+            if not over and left_s <= timeout_s:
+                raise deadline_passed(_CLOSE) from None
             if not over:
                 detail = f"the body did not arrive within {timeout_s:g} s; send it faster, or less of it"
                 raise Problem(408, "slow_sender", detail, _CLOSE) from None

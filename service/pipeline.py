@@ -16,7 +16,7 @@ from dsg.service.body import Upload
 from dsg.service.decode import decode_picture
 from dsg.service.encode import Answered, coco_document, to_json
 from dsg.service.overlay import draw_instances, to_png
-from dsg.service.problems import CLIENT_GONE, Problem, stopping
+from dsg.service.problems import CLIENT_GONE, Problem, deadline_passed, stopping
 from dsg.service.query import PNG, Wanted
 from dsg.service.state import Service
 
@@ -95,11 +95,6 @@ async def while_wanted(work: Coroutine[Any, Any, Response], receive: Receive, de
         task.cancel()
         gone.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
-
-
-def deadline_passed() -> Problem:
-    """The 504 problem."""
-    return Problem(504, "deadline_passed", "no answer was ready in time; allow more, send less, or try again later")
 
 
 async def _hung_up(receive: Receive) -> None:

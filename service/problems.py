@@ -66,6 +66,12 @@ def stopping() -> Problem:
     return Problem(503, "draining", "this server is about to stop; ask another, or later", headers)
 
 
+def deadline_passed(headers: dict[str, str] | None = None) -> Problem:
+    """What a request is told whose deadline passes before its answer is ready."""
+    detail = "no answer was ready in time; allow more, send less, or try again later"
+    return Problem(504, "deadline_passed", detail, headers)
+
+
 def install_problem_handlers(app: FastAPI) -> None:
     """Make every error of the application a problem document."""
 

@@ -1,7 +1,6 @@
 """The endpoints: each checks what it was sent, cheapest first, and leaves the work to the other files."""
 
 import hmac
-import time
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
@@ -95,7 +94,6 @@ async def segment(request: Request, query: Annotated[SegmentQuery, Query()], ser
     settings = service.settings
     deadline = request.state.started + timeout_ms(request, settings.deadline_ms) / 1000
     service.admission.check()
-    seconds = min(settings.body_timeout_ms / 1000, max(0.0, deadline - time.monotonic()))
     log = request.state.log
 
     async def work(body: bytes) -> Response:
@@ -109,8 +107,9 @@ async def segment(request: Request, query: Annotated[SegmentQuery, Query()], ser
         shown = replace(asked, mask_format="rle") if media_type == PNG else asked
         return await answer(service, Job(uploads, shown, media_type, name, predictor, deadline), log)
 
+    reading = read_body(request, settings.max_bytes, settings.body_timeout_ms / 1000, deadline)
     # The body has no name here, so that nothing holds it once it has been taken apart.
-    return await while_wanted(work(await read_body(request, settings.max_bytes, seconds)), request.receive, deadline)
+    return await while_wanted(work(await reading), request.receive, deadline)
 
 
 @router.get("/healthz", responses=problem_documentation(503))
