@@ -86,6 +86,7 @@ def to_json(document: dict[str, Any]) -> bytes:
 
 
 def _segmentation(rle: dict[str, Any], mask_format: MaskFormat) -> dict[str, Any] | list[list[int]]:
-    if mask_format == "rle":
-        return rle
-    return polygons(rle) if mask_format == "polygon" else []
+    if mask_format == "polygon":
+        # pycocotools cannot draw a list of no polygons: a mask without a pixel stays RLE.
+        return polygons(rle) or rle
+    return rle if mask_format == "rle" else []

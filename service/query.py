@@ -32,7 +32,7 @@ class SegmentQuery(BaseModel):
         None, ge=1, description="most instances a picture (default and cap: the model's)"
     )
     mask_format: MaskFormat = Field(
-        "rle", description="rle: COCO compressed RLE; polygon: COCO polygons; none: no masks"
+        "rle", description="rle: COCO compressed RLE; polygon: COCO polygons, RLE for an empty mask; none: no masks"
     )
     categories: str | None = Field(
         None, description="names of the categories to answer with, comma separated (default: all)"

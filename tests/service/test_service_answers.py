@@ -2,13 +2,17 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from service_fakes import BLUE, CATEGORY_IDS, GREEN, Server, encoded, picture
+from service_fakes import BLUE, CATEGORY_IDS, GREEN, Server, encoded, find_rectangles, info, picture
+
+from dsg.service.encode import Answered, coco_document, to_json
+from dsg.service.query import Wanted
 
 BOX = (20, 10, 60, 40)
 
@@ -42,7 +46,7 @@ def test_one_raw_picture(server: Server) -> None:
     assert [one["id"] for one in document["categories"]] == list(CATEGORY_IDS)
 
 
-def test_a_document_loads_in_pycocotools_and_loadres_takes_its_annotations(server: Server, tmp_path) -> None:
+def test_a_document_loads_in_pycocotools_and_loadres_takes_its_annotations(server: Server, tmp_path: Path) -> None:
     files = [("image", (f"{n}.png", encoded(three_colours()), "image/png")) for n in range(2)]
     response = server.client.post("/segment?score_threshold=0.1", files=files)
     assert response.status_code == 200, response.text
@@ -88,6 +92,21 @@ def test_mask_formats_agree(server: Server) -> None:
         assert rle["area"] == polygon["area"] == none["area"] > 0
         drawn = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygon["segmentation"], 100, 200)))
         np.testing.assert_array_equal(drawn, coco_mask.decode(rle["segmentation"]))
+
+
+@pytest.mark.parametrize("mask_format", ["rle", "polygon"])
+def test_an_empty_mask_is_one_that_pycocotools_draws(mask_format: str, tmp_path: Path) -> None:
+    found = find_rectangles(np.asarray(three_colours()))
+    found.mask_probs[0] = 0.0
+    asked = Wanted(0.0, 20, mask_format, None)
+    document = coco_document([Answered("a.png", found)], asked, info(), "fake")
+    path = tmp_path / "answer.json"
+    path.write_bytes(to_json(document))
+    truth = COCO(str(path))
+    areas = [truth.annToMask(one).sum() for one in truth.loadAnns([1, 2, 3])]
+    assert areas == [one["area"] for one in document["annotations"]] and areas[0] == 0 < min(areas[1:])
+    results = truth.loadRes(document["annotations"])
+    assert results.annToMask(results.anns[1]).shape == (100, 200)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])

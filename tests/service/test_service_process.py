@@ -168,7 +168,7 @@ def test_a_model_that_does_not_load_is_one_line() -> None:
 @pytest.mark.usefixtures("_log_as_before")
 def test_two_models_of_one_name_are_refused_before_any_is_loaded() -> None:
     settings = Settings(model="runs/a/best.safetensors,other,runs/b/best.safetensors", port=0)
-    with pytest.raises(ServiceError, match="'best'.*rename one file.*DSG_MODEL_DIR") as caught:
+    with pytest.raises(ServiceError, match=r"'best'.*rename one file.*DSG_MODEL_DIR") as caught:
         serve(settings, lambda name, device: pytest.fail("nothing is loaded"))
     message = str(caught.value)
     assert "runs/a/best.safetensors and runs/b/best.safetensors" in message and "\n" not in message
