@@ -1,7 +1,5 @@
-"""The HTTP service: pictures in, COCO instance masks out."""
+"""The HTTP service: pictures in, COCO instance masks out.
 
-from dsg.service.app import create_app
-from dsg.service.run import ServiceError, serve
-from dsg.service.settings import Settings
-
-__all__ = ["ServiceError", "Settings", "create_app", "serve"]
+Nothing is imported here: `dsg predict` draws with `dsg.service.overlay`, also where no server is installed. A server
+is started by `dsg.service.run.serve`; `dsg.service.app.create_app` makes its application.
+"""

@@ -19,7 +19,8 @@ from PIL import Image
 from dsg.model.network.checkpoint import Category, CheckpointInfo, Resize
 from dsg.model.network.detections import Detections
 from dsg.model.network.predictor import PreparedImage
-from dsg.service import Settings, create_app
+from dsg.service.app import create_app
+from dsg.service.settings import Settings
 
 RED, GREEN, BLUE, POISON = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255)
 COLOURS = (RED, GREEN, BLUE)

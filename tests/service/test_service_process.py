@@ -16,7 +16,8 @@ import pytest
 import structlog
 from service_fakes import encoded, picture
 
-from dsg.service import ServiceError, Settings, serve
+from dsg.service.run import ServiceError, serve
+from dsg.service.settings import Settings
 
 GOOD = encoded(picture((20, 10, 60, 40)))
 # A picture of 97 pixels width waits for a line on stdin, so that the test says when it is done.
@@ -24,7 +25,8 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from service_fakes import FakePredictor
-from dsg.service import Settings, serve
+from dsg.service.run import serve
+from dsg.service.settings import Settings
 
 class Waiting(FakePredictor):
     def detect(self, prepared, score_threshold):
