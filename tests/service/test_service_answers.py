@@ -10,9 +10,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from service_fakes import BLUE, CATEGORY_IDS, GREEN, Server, encoded, find_rectangles, info, picture
+from starlette.requests import Request
 
 from dsg.service.encode import Answered, coco_document, to_json
-from dsg.service.query import Wanted
+from dsg.service.query import Wanted, timeout_ms
 
 BOX = (20, 10, 60, 40)
 
@@ -136,6 +137,13 @@ def test_headers_say_where_the_time_went_and_which_request_it_was(server: Server
     assert all(float(value) >= 0 for _, value in stages)
     made_up = server.post(encoded(picture()), headers={"X-Request-Id": "a\tb"}).headers["x-request-id"]
     assert len(made_up) == 32
+
+
+@pytest.mark.parametrize("value", ["1000000", "1000000000", "9" * 5000, "0" * 20 + "60000"])
+def test_a_longer_timeout_than_the_servers_is_the_servers(server: Server, value: str) -> None:
+    assert server.post(encoded(picture()), headers={"X-Timeout-Ms": value}).status_code == 200
+    request = Request({"type": "http", "headers": [(b"x-timeout-ms", value.encode())]})
+    assert timeout_ms(request, 60_000) == 60_000
 
 
 def test_a_picture_as_answer(server: Server) -> None:

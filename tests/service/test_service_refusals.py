@@ -186,9 +186,9 @@ def test_422_query(small: Server, query: str, reason: str) -> None:
     problem(small.post(GOOD, params=query), 422, reason)
 
 
-@pytest.mark.parametrize("value", ["0", "-5", "soon", "1.5", "9999999999999", ""])
+@pytest.mark.parametrize("value", ["0", "-5", "soon", "1.5", "", "0000000000000", "\u00b2"])
 def test_422_timeout_header(small: Server, value: str) -> None:
-    problem(small.post(GOOD, headers={"X-Timeout-Ms": value}), 422, "wrong_parameter")
+    problem(small.post(GOOD, headers={"X-Timeout-Ms": value.encode()}), 422, "wrong_parameter")
 
 
 def test_422_parts(small: Server) -> None:
