@@ -19,6 +19,9 @@ from dsg.service.state import Service
 
 router = APIRouter()
 _LARGEST_RELOAD_BODY = 4096
+# What load balancers probe. Such a route answers; the one written above it only documents: FastAPI would give both
+# methods of one route the same operation id.
+_PROBED = ["GET", "HEAD"]
 # The page runs what is in it and talks to this server; nothing else may come in.
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' blob: data:; "
@@ -113,6 +116,7 @@ async def segment(request: Request, query: Annotated[SegmentQuery, Query()], ser
 
 
 @router.get("/healthz", responses=problem_documentation(503))
+@router.api_route("/healthz", methods=_PROBED, include_in_schema=False)
 async def healthz(service: CurrentService) -> dict[str, str]:
     """Whether the process is alive and its device sound; if not, restart it."""
     service.check_healthy()
@@ -120,6 +124,7 @@ async def healthz(service: CurrentService) -> dict[str, str]:
 
 
 @router.get("/readyz", responses=problem_documentation(503))
+@router.api_route("/readyz", methods=_PROBED, include_in_schema=False)
 async def readyz(service: CurrentService) -> dict[str, str]:
     """Whether the model is warm and pictures are taken."""
     service.check_ready()
@@ -178,7 +183,7 @@ async def reload(request: Request, service: CurrentService) -> dict[str, str]:
     return {"model": name, "hash": service.models.get(name).info.hash}
 
 
-@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+@router.api_route("/", methods=_PROBED, response_class=HTMLResponse, include_in_schema=False)
 async def page() -> HTMLResponse:
     """A page to try the service."""
     text = (files("dsg.service") / "page" / "index.html").read_text(encoding="utf-8")

@@ -192,9 +192,22 @@ def test_probes_models_page_and_documentation(server: Server) -> None:
     assert get("/docs").status_code == 200
     document = get("/openapi.json").json()
     answers = document["paths"]["/segment"]["post"]["responses"]
+    assert "get" in document["paths"]["/readyz"] and "503" in document["paths"]["/readyz"]["get"]["responses"]
     assert {"200", "400", "406", "408", "413", "415", "422", "429", "500", "503", "504"} <= set(answers)
     assert "application/problem+json" in answers["422"]["content"]
     assert "multipart/form-data" in document["paths"]["/segment"]["post"]["requestBody"]["content"]
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz"])
+def test_head_answers_like_get_without_the_body(server: Server, path: str) -> None:
+    got, head = server.client.get(path), server.client.head(path)
+    assert head.status_code == got.status_code == 200 and head.content == b"" != got.content
+    own = {"date", "x-request-id"}
+    assert {k: v for k, v in head.headers.items() if k not in own} == {
+        k: v for k, v in got.headers.items() if k not in own
+    }
+    refused = server.client.post(path)
+    assert refused.status_code == 405 and set(refused.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
 def test_metrics_count_what_was_asked(server: Server) -> None:

@@ -220,6 +220,7 @@ def test_503_when_the_device_is_lost() -> None:
         problem(server.post(GOOD), 500, "internal")
         problem(server.client.get("/healthz"), 503, "unhealthy")
         problem(server.client.get("/readyz"), 503, "unhealthy")
+        assert server.client.head("/readyz").status_code == 503
         problem(server.post(GOOD), 503, "unhealthy")
 
 
