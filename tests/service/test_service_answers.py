@@ -223,4 +223,7 @@ def test_metrics_count_what_was_asked(server: Server) -> None:
 
 
 def test_answers_are_plain_json(server: Server) -> None:
-    json.loads(server.post(encoded(three_colours())).content, parse_constant=lambda name: pytest.fail(name))
+    response = server.post(encoded(three_colours()))
+    assert (response.status_code, response.headers["content-type"]) == (200, "application/json"), response.text
+    document = json.loads(response.content, parse_constant=lambda name: pytest.fail(name))
+    assert len(document["annotations"]) == 2
