@@ -146,3 +146,5 @@ def _configure_log() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(renderer, foreign_pre_chain=common))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    # It warns of bytes that clients send; their answers say so, and anyone could fill the log with them.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)

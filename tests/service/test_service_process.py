@@ -67,9 +67,12 @@ class Process:
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             stream.close()
 
+    def next_event(self) -> dict:
+        return self._log.get(timeout=60)
+
     def await_event(self, name: str) -> dict:
         while True:
-            event = self._log.get(timeout=60)
+            event = self.next_event()
             if event["event"] == name:
                 return event
 
@@ -112,6 +115,15 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(process: Process) -> Non
     assert [one["bbox"] for one in answer.json()["annotations"]] == [[20, 10, 40, 30]]
     assert process.process.stdout.readline() == "returned\n"
     assert process.process.wait(60) == 0
+
+
+def test_what_a_client_sends_brings_no_line_of_a_library_into_the_log(process: Process) -> None:
+    body = b"--b\r\nno header\r\n\r\n--b--\r\n"  # of which python-multipart would warn
+    response = httpx.post(
+        f"{process.url}/segment", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}
+    )
+    assert response.status_code == 400, response.text
+    assert process.next_event()["event"] == "request"
 
 
 def test_a_second_signal_ends_it_at_once(process: Process) -> None:
