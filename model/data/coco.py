@@ -71,7 +71,8 @@ def _images_dir(path: Path, images_dir: str | Path | None) -> Path:
 def join(parts: Sequence[CocoData]) -> CocoData:
     """Several files as one set, categories joined by name.
 
-    A category has the id and supercategory of the first file that names it. Labels follow the order in which
+    A category has the id and supercategory of the first file that names it; one whose id an earlier file uses for
+    another name gets the next number above all ids, which is said in the log. Labels follow the order in which
     names first come up. Image ids stay as they are, but one that an
     earlier part uses already becomes the next number above all ids; `ImageRecord.file_id` then keeps the
     old one. Annotation ids stay, and are unique within their own file only.
@@ -80,24 +81,26 @@ def join(parts: Sequence[CocoData]) -> CocoData:
         parts: at least one.
 
     Raises:
-        DataError: two names have the same id, so that no output could keep the ids of both files.
+        DataError: nothing to join.
     """
     if not parts:
         raise DataError("no data to join; give at least one COCO file")
     categories: list[Category] = []
     labels: dict[str, int] = {}
-    names: dict[int, str] = {}
+    taken: set[int] = set()
+    next_category = 1 + max((category.id for part in parts for category in part.categories), default=0)
     for part in parts:
         for category in part.categories:
             if category.name in labels:
                 continue
-            if category.id in names:
-                raise DataError(
-                    f"category id {category.id} is {names[category.id]!r} in one file and {category.name!r} "
-                    "in another; give one of them another id, or both the same name"
-                )
+            if category.id in taken:
+                _log.warning(
+                    "category %r has id %d in the joined set, since an earlier file uses its id %d for another name",
+                    category.name, next_category, category.id,
+                )  # fmt: skip
+                category, next_category = replace(category, id=next_category), next_category + 1
             categories.append(category)
-            names[category.id] = category.name
+            taken.add(category.id)
             labels[category.name] = len(categories)
     next_id = 1 + max((record.id for part in parts for record in part.records), default=0)
     records: list[ImageRecord] = []

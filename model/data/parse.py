@@ -41,7 +41,7 @@ def load_json(path: Path) -> dict[str, Any]:
         DataError: no such file, not JSON, or not an object with lists of images, annotations and categories.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             document = json.load(file)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give the path of a COCO JSON file") from None
@@ -157,7 +157,7 @@ def _annotation(
     where: str, raw: dict[str, Any], image: dict[str, Any], labels: dict[int, int], findings: Findings
 ) -> Annotation | None:
     """One annotation, or None if it is left out."""
-    category, crowd = raw.get("category_id"), raw.get("iscrowd", 0)
+    category, crowd = raw.get("category_id"), raw.get("iscrowd") or 0
     if not _is_int(category) or category not in labels:
         findings.error(f"{where}: category_id is {category!r}, no category has that id; add it or correct this")
         return None
@@ -181,7 +181,18 @@ def _annotation(
     if max(-x1, -y1, x2 - width, y2 - height) > _OUTSIDE:
         line = f"{where}: box {_shown(box)} reaches out of the picture ({height} x {width}); clipped"
         findings.note("clipped, the box reaches out of the picture", line)
+    if isinstance(segmentation, list) and _misses(segmentation, inside):
+        line = f"{where}: no part of its polygon lies in its box {_shown(inside)}; used as a box without a mask"
+        findings.note("used as a box, the polygon lies elsewhere", line)
+        segmentation = None
     return Annotation(inside, labels[category], segmentation, bool(crowd), raw["id"])
+
+
+def _misses(polygons: list[list[float]], box: tuple[float, ...]) -> bool:
+    """Whether polygons [x, y, x, y, ...] lie wholly to one side of a box xyxy."""
+    x = [value for polygon in polygons for value in polygon[::2]]
+    y = [value for polygon in polygons for value in polygon[1::2]]
+    return max(x) < box[0] or min(x) > box[2] or max(y) < box[1] or min(y) > box[3]
 
 
 def _box(raw: Any) -> tuple[float, ...]:

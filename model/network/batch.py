@@ -33,7 +33,7 @@ def stack_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         TypeError: no tensors, or not floating.
         ValueError: no picture, not [3, H, W], or empty.
     """
-    if not images:
+    if len(images) == 0:
         raise ValueError("the network needs at least one picture, got none")
     for number, image in enumerate(images):
         if not isinstance(image, Tensor) or not image.is_floating_point():
@@ -103,6 +103,9 @@ def _check_target(number: int, target: dict[str, Any], image: Tensor, num_classe
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     boxes, labels, masks = target["boxes"], target["labels"], target["masks"]
+    for name, value in (("boxes", boxes), ("labels", labels), ("masks", masks)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{where}: {name} must be a tensor, got {type(value).__name__}")
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"{where}: boxes must be [n, 4], got {list(boxes.shape)}")
     if labels.shape != boxes.shape[:1]:
@@ -112,3 +115,5 @@ def _check_target(number: int, target: dict[str, Any], image: Tensor, num_classe
     # Looking at values would wait for the device; the loader's tensors are still on the CPU here.
     if labels.device.type == "cpu" and len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) <= num_classes:
         raise ValueError(f"{where}: labels must be in 1..{num_classes}, got {int(labels.min())}..{int(labels.max())}")
+    if boxes.device.type == "cpu" and not bool((boxes.isfinite().all() & (boxes[:, 2:] > boxes[:, :2]).all())):
+        raise ValueError(f"{where}: boxes must be finite (x1, y1, x2, y2) with x1 < x2 and y1 < y2")

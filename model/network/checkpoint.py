@@ -150,6 +150,8 @@ def read_info(path: str | os.PathLike[str]) -> CheckpointInfo:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file, or a broken one: {error}") from None
+    if "own_network" in metadata:
+        raise CheckpointError(f"{path} holds a network of a recipe's own code; load its tensors with that code")
     if _KEY not in metadata:
         raise CheckpointError(
             f"{path} is a safetensors file, but no checkpoint of dsg; import it with dsg import-weights"

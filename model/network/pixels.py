@@ -143,6 +143,8 @@ def image_tensor(image: Any) -> Tensor:
     if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"a tensor must be [3, H, W] with H, W > 0, got {list(image.shape)}")
     image = image.detach().cpu()
+    if image.dtype in (torch.float16, torch.bfloat16):
+        image = image.float()  # the CPU's resize has no half precision
     if image.is_floating_point() and not bool(((image >= 0) & (image <= 1)).all()):
         raise ValueError("a float tensor must hold values in 0..1 only; uint8 tensors hold 0..255")
     return image

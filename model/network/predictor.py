@@ -48,9 +48,11 @@ class Predictor:
     def __init__(self, model: Detector, info: CheckpointInfo) -> None:
         self.model = model
         self.info = info
-        parameter = next(model.parameters())
-        self.device = parameter.device
-        self._dtype = parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
 
     def predict(
         self,
@@ -91,9 +93,13 @@ class Predictor:
     def limits(self, score_threshold: float | None, max_detections: int | None) -> tuple[float, int]:
         """What is asked for, or the checkpoint's own; ValueError where it is out of range."""
         threshold = self.info.score_threshold if score_threshold is None else score_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+            raise TypeError(f"score_threshold must be a number in 0..1, got {threshold!r}")
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"score_threshold must be in 0..1, got {threshold}")
         most = self.info.max_detections if max_detections is None else max_detections
+        if isinstance(most, bool) or not isinstance(most, int):
+            raise TypeError(f"max_detections must be a whole number, got {most!r}")
         if not 1 <= most <= self.info.max_detections:
             raise ValueError(
                 f"max_detections must be in 1..{self.info.max_detections} for {self.info.name}, got {most}"
@@ -132,8 +138,9 @@ class Predictor:
         return {number: found.select(threshold, most) for (number, _), found in zip(bucket, results, strict=True)}
 
     def _on_device(self, pixels: Tensor) -> Tensor:
-        moved = pixels.to(self.device, non_blocking=True)
-        return moved.to(self._dtype) / 255 if moved.dtype == torch.uint8 else moved.to(self._dtype)
+        parameter = next(self.model.parameters())  # asked anew: the owner may call model.double() or .cuda()
+        moved = pixels.to(parameter.device, non_blocking=True)
+        return moved.to(parameter.dtype) / 255 if moved.dtype == torch.uint8 else moved.to(parameter.dtype)
 
 
 def resized_size(height: int, width: int, how: Resize) -> tuple[int, int]:
@@ -165,8 +172,9 @@ def resize(pixels: Tensor, how: Resize) -> Tensor:
 def _to_original(found: Detections, prepared: PreparedImage) -> Detections:
     height, width = prepared.original_size
     resized_height, resized_width = prepared.pixels.shape[-2:]
-    ratios = (width / resized_width, height / resized_height) * 2
-    boxes = found.boxes * found.boxes.new_tensor(ratios)
+    # Ratios in float32 whatever the network's dtype: torchvision has them so, and imported networks must give its boxes.
+    ratio_x, ratio_y = torch.tensor([width, height]).float() / torch.tensor([resized_width, resized_height]).float()
+    boxes = found.boxes * torch.stack([ratio_x, ratio_y, ratio_x, ratio_y]).to(found.boxes)
     return replace(found, boxes=boxes, image_size=(height, width))
 
 

@@ -19,10 +19,11 @@ from dsg.model.training.errors import TrainingError
 from dsg.model.training.recipe_file import to_table
 
 _FORMAT = 1
-# What may change between the parts of a run: none of it decides what is learned.
+# What may change between the parts of a run: the length of the schedule, and what does not decide what is learned.
 _FREE = (
     "name",
     "run",
+    "schedule",
     "validation",
     "batch.accumulate",
     "batch.workers",

@@ -32,10 +32,16 @@ def test_join_of_one_changes_nothing():
     assert join([A]) == A
 
 
-def test_join_refuses_two_names_of_one_id():
-    other = CocoData((record(2, 1),), (Category(8, "cow"),))
-    with pytest.raises(DataError, match="category id 8 is 'dog' in one file and 'cow' in another"):
-        join([A, other])
+def test_join_gives_an_id_that_an_earlier_file_uses_for_another_name_a_new_number(caplog):
+    """Two files that both count from 1: names decide, the first file's ids stay."""
+    other = CocoData((record(2, 1, 2),), (Category(8, "cow"), Category(3, "cat")))
+    joined = join([A, other])
+    assert joined.categories == (Category(3, "cat"), Category(8, "dog"), Category(9, "cow"))
+    assert [one.category_id for one in joined.records[-1].annotations] == [3, 1]
+    assert "'cow' has id 9 in the joined set" in caplog.text
+
+
+def test_join_of_nothing_is_refused():
     with pytest.raises(DataError, match="no data"):
         join([])
 

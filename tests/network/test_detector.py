@@ -106,6 +106,10 @@ def test_pictures_and_targets_that_do_not_fit_are_named():
         model([picture], [{**target(), "labels": torch.tensor([0, 3])}])
     with pytest.raises(ValueError, match=r"target 0: masks must be \[2, 64, 96\]"):
         model([picture], [{**target(), "masks": torch.zeros(2, 8, 8)}])
+    with pytest.raises(ValueError, match="target 0: boxes must be finite"):
+        model([picture], [{**target(), "boxes": torch.tensor([[8.0, 8, 40, 40], [30, 20, 30, 60]])}])
+    with pytest.raises(TypeError, match="target 0: labels must be a tensor, got list"):
+        model([picture], [{**target(), "labels": [1, 3]}])
     with pytest.raises(ValueError, match="target 0 lacks masks"):
         model([picture], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}])
 

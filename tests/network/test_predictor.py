@@ -141,6 +141,31 @@ def test_a_network_of_another_kind_gets_pictures_alone(predictor):
     assert torch.equal(found.boxes, expected.boxes)
 
 
+def test_the_owner_may_change_the_networks_dtype(predictor):
+    import copy
+
+    twin = Predictor(copy.deepcopy(predictor.model), predictor.info)
+    picture = pixels(64, 96)
+    (before,) = twin.predict([picture], 0.0)
+    twin.model.double()
+    (after,) = twin.predict([picture], 0.0)
+    assert after.boxes.dtype == torch.float64
+    assert (after.scores[:3] - before.scores[:3]).abs().max() < 1e-4
+
+
+def test_half_precision_pictures(predictor):
+    tensor = torch.from_numpy(pixels(90, 70).copy()).permute(2, 0, 1)
+    half = (tensor.float() / 255).half()
+    (found,), (wanted,) = predictor.predict([half], 0.0), predictor.predict([half.float()], 0.0)
+    assert same(found, wanted)
+
+
+@pytest.mark.parametrize("arguments", [{"score_threshold": "0.5"}, {"score_threshold": True}, {"max_detections": 2.5}])
+def test_limits_of_another_type_are_named(predictor, arguments):
+    with pytest.raises(TypeError, match=f"{next(iter(arguments))} must be a"):
+        predictor.predict([pixels(64, 64)], **arguments)
+
+
 @pytest.mark.parametrize(
     ("picture", "error", "message"),
     [

@@ -73,6 +73,22 @@ def test_float32_predictions_match_through_the_predictor(twins):
     assert unmatched <= 0.02 * len(wanted["boxes"])
 
 
+def test_float64_predictions_are_equal_through_the_resize(twins):
+    """100 x 150 and 301 x 97 pixels, scaled by both sides to short sides of 128."""
+    theirs, ours, info = twins
+    small = Predictor(ours.double(), with_resize(info, 128, 256))
+    for height, width in [(100, 150), (301, 97)]:
+        original = picture(height, height, width).double()
+        with torch.no_grad():
+            wanted = theirs.double()([original])[0]
+        (found,) = small.predict([original], score_threshold=0.0)
+        assert len(found) == len(wanted["boxes"]) > 10
+        assert torch.equal(found.labels, wanted["labels"])
+        assert (found.boxes - wanted["boxes"]).abs().max() < 1e-6
+        assert torch.equal(found.masks(), wanted["masks"][:, 0] >= 0.5)
+    theirs.float(), ours.float()
+
+
 def test_resize_is_torchvisions(twins):
     theirs, _, info = twins
     how = with_resize(info, 128, 256).resize
