@@ -115,5 +115,5 @@ def _check_target(number: int, target: dict[str, Any], image: Tensor, num_classe
     # Looking at values would wait for the device; the loader's tensors are still on the CPU here.
     if labels.device.type == "cpu" and len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) <= num_classes:
         raise ValueError(f"{where}: labels must be in 1..{num_classes}, got {int(labels.min())}..{int(labels.max())}")
-    if boxes.device.type == "cpu" and not bool((boxes.isfinite().all() & (boxes[:, 2:] > boxes[:, :2]).all())):
+    if boxes.device.type == "cpu" and not bool(boxes.isfinite().all() & (boxes[:, 2:] > boxes[:, :2]).all()):
         raise ValueError(f"{where}: boxes must be finite (x1, y1, x2, y2) with x1 < x2 and y1 < y2")

@@ -172,7 +172,7 @@ def resize(pixels: Tensor, how: Resize) -> Tensor:
 def _to_original(found: Detections, prepared: PreparedImage) -> Detections:
     height, width = prepared.original_size
     resized_height, resized_width = prepared.pixels.shape[-2:]
-    # Ratios in float32 whatever the network's dtype: torchvision has them so, and imported networks must give its boxes.
+    # In float32 whatever the dtype: torchvision has its ratios so, and imported networks must give its boxes.
     ratio_x, ratio_y = torch.tensor([width, height]).float() / torch.tensor([resized_width, resized_height]).float()
     boxes = found.boxes * torch.stack([ratio_x, ratio_y, ratio_x, ratio_y]).to(found.boxes)
     return replace(found, boxes=boxes, image_size=(height, width))
