@@ -55,8 +55,7 @@ def decode_mask(
         height, width: of the picture, pixels.
 
     Raises:
-        ValueError: a polygon with an odd number of coordinates, fewer than 3 points or a number that is not
-        finite;
+        ValueError: a polygon with an odd number of coordinates, fewer than 3 points or a number that is not finite;
             an RLE of another size, or whose runs do not fill the picture.
     """
     if isinstance(segmentation, dict):
