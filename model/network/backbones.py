@@ -21,19 +21,16 @@ Letters: B images, C channels, H and W height and width.
 """
 
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dsg.model.network.config import IMAGENET_MEAN, IMAGENET_STD
 from dsg.model.network.efficientnet_lite import EfficientNetLite
 from dsg.model.network.fpn import FeaturePyramid
+from dsg.model.network.weight_files import read_state_dict
 
 STRIDES = (4, 8, 16, 32)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1
-IMAGENET_STD = (0.229, 0.224, 0.225)
 NAMES_SHOWN = 4  # of the tensors that an error message lists
 
 
@@ -119,7 +116,7 @@ def load_backbone_weights(backbone: nn.Module, path: str | PathLike[str]) -> lis
     Raises:
         ValueError: no such file, no state dict, or names or shapes do not fit; the module is unchanged then.
     """
-    found = _read_tensors(Path(path))
+    found = read_state_dict(path)
     if isinstance(backbone, EfficientNetLite):
         found = {_without_underscores(name): tensor for name, tensor in found.items()}
     classifier_prefixes = tuple(getattr(backbone, "classifier_prefixes", ()))
@@ -141,21 +138,6 @@ def load_backbone_weights(backbone: nn.Module, path: str | PathLike[str]) -> lis
             raise ValueError(f"{where}: {name} is {shapes}")
     backbone.load_state_dict({**expected, **{name: found[name] for name in expected_names}})
     return left_aside
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"there is no weight file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler raises nearly anything when it is fed another kind of file
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is not a weight file, or a broken one: {reason}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path} holds no plain state dict: save module.state_dict() alone")
-    return tensors
 
 
 def _without_underscores(name: str) -> str:

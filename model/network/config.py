@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, fields
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Of ImageNet's photos, RGB in 0..1: what most backbones were trained with."""
 BACKBONES = ("resnet50", "resnet101", "lite0", "lite2")
 
 
@@ -27,9 +30,9 @@ class DetectorConfig:
     frozen_stages: int = 2
     """Stages of a ResNet that are not trained: 2 = stem and first stage, as in the paper's code base; 0 = train all.
     For the Lite networks the number of blocks (after the stem) that are not trained."""
-    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from RGB in 0..1."""
-    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    pixel_std: tuple[float, float, float] = IMAGENET_STD
     """Divides RGB in 0..1 after the mean is subtracted."""
 
     # --- the paper's designs (Table 1); all off is Mask R-CNN

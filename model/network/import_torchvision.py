@@ -5,20 +5,17 @@ taken from the grid, a resize without low-pass, the score floor. All of them go 
 """
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dsg.model.network.build import build
 from dsg.model.network.checkpoint import Category, CheckpointInfo, Resize, save_checkpoint
 from dsg.model.network.coco_classes import COCO80, COCO90
+from dsg.model.network.weight_files import read_state_dict
 
 # ours <- theirs, as regular expressions on torchvision's names; old files lack the ".0" of some layers
 _RENAMES = (
@@ -68,7 +65,9 @@ def import_torchvision(
         FileNotFoundError: no such file.
         ValueError: not such a state dict, or of another network than `model_name`.
     """
-    theirs = _read(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weight file at {path}")
+    theirs = read_state_dict(path)
     tensors, unknown = _rename(theirs)
     if unknown:
         raise ValueError(
@@ -109,25 +108,6 @@ def import_torchvision(
         notes={"imported": f"torchvision state dict {Path(path).name}"},
     )
     return save_checkpoint(out, model, info)
-
-
-def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no weight file at {path}")
-    try:
-        if Path(path).suffix == ".safetensors":
-            found = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the pickle
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        # torch's own words advise to load such files as code; nobody should
-        reason = "no plain state dict" if isinstance(error, pickle.UnpicklingError) else type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as tensors ({reason}); save it with torch.save(model.state_dict(), path)"
-        ) from None
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path} holds no state dict; save it with torch.save(model.state_dict(), path)")
-    return dict(found)
 
 
 def _rename(theirs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

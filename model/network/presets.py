@@ -4,15 +4,15 @@ from dataclasses import replace
 from typing import Any
 
 from dsg.model.network.config import FIELD_NAMES, DetectorConfig
+from dsg.model.network.efficientnet_lite import EfficientNetLite
 
 # name in a preset -> what that backbone asks for
 _RESNET = {"channels": 256, "box_head_width": 1024}
 _LITE = {
     "channels": 128,
     "box_head_width": 512,
-    # the statistics their ImageNet weights were trained with, (pixel - 127) / 128, in RGB of 0..1
-    "pixel_mean": (127 / 255, 127 / 255, 127 / 255),
-    "pixel_std": (128 / 255, 128 / 255, 128 / 255),
+    "pixel_mean": EfficientNetLite.pixel_mean,
+    "pixel_std": EfficientNetLite.pixel_std,
     "norm_eps": 1e-3,
     "frozen_stages": 0,
     # small pictures on small machines: anchors from 16 pixels, fewer proposals, fewer sampled RoIs

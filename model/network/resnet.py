@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dsg.model.network.config import IMAGENET_MEAN, IMAGENET_STD
 from dsg.model.network.norm import FrozenBatchNorm2d, convolve_and_normalise
 
 BLOCKS_OF_DEPTH = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # blocks of layer1 to layer4
@@ -84,8 +85,8 @@ class ResNet(nn.Module):
         ValueError: `depth` is unknown or `frozen_stages` not in 0..5.
     """
 
-    pixel_mean: ClassVar[tuple[float, float, float]] = (0.485, 0.456, 0.406)  # RGB in 0..1
-    pixel_std: ClassVar[tuple[float, float, float]] = (0.229, 0.224, 0.225)
+    pixel_mean: ClassVar[tuple[float, float, float]] = IMAGENET_MEAN
+    pixel_std: ClassVar[tuple[float, float, float]] = IMAGENET_STD
     # tensors of a weight file that the backbone has no use for
     classifier_prefixes: ClassVar[tuple[str, ...]] = ("fc.",)
     out_channels: tuple[int, ...] = (256, 512, 1024, 2048)
