@@ -112,7 +112,7 @@ def strings_to_counts(texts: Sequence[str | bytes]) -> list[NDArray[np.int64]]:
     if len(codes) == 0:
         return [np.zeros(0, dtype=np.int64) for _ in texts]
     if codes.min() < 0 or codes.max() >= 2 * _MORE:
-        raise ValueError("RLE counts hold a character outside '0' to 'o'")
+        raise ValueError("RLE counts are cut off or hold a character outside '0' to 'o'")
     lengths = np.array([len(one) for one in raw])  # [texts]
     text_ends = np.cumsum(lengths)
     last = (codes & _MORE) == 0

@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 from faster_coco_eval.core import mask as coco_mask
 
+from dsg.ops.rle import string_to_counts
+
 _FAR = 1e6
 """Pixels: a polygon that reaches further is a mistake, and drawing it takes memory by its length."""
+_LONGEST_RUN = 2**40
+"""Pixels: far above any picture, far below what overflows a sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +128,10 @@ def rle_runs(rle: dict[str, Any], height: int, width: int) -> np.ndarray:
     if not isinstance(size, list | tuple) or list(size) != [height, width]:
         raise ValueError(f"RLE size is {size!r}, the picture's is {[height, width]} (height, width)")
     if isinstance(counts, str | bytes):
-        runs = _decompress(counts)
-    elif isinstance(counts, list) and all(type(run) is int and abs(run) < 2**40 for run in counts):
+        runs = string_to_counts(counts)
+        if (np.abs(runs) >= _LONGEST_RUN).any():
+            raise ValueError("RLE counts hold a run longer than any picture")
+    elif isinstance(counts, list) and all(type(run) is int and abs(run) < _LONGEST_RUN for run in counts):
         runs = np.array(counts, np.int64)
     else:
         raise ValueError("RLE counts must be a text or a list of whole numbers")
@@ -134,31 +140,6 @@ def rle_runs(rle: dict[str, Any], height: int, width: int) -> np.ndarray:
     if runs.sum() != height * width:
         raise ValueError(f"RLE runs cover {runs.sum()} pixels, the picture has {height * width}")
     return runs
-
-
-def _decompress(counts: str | bytes) -> np.ndarray:
-    """COCO's text form: 5 bits a character, the least first, bit 5 = more follow; signed; from the fourth
-    value on the difference to the last but one."""
-    try:
-        characters = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, np.uint8)
-    except UnicodeEncodeError:
-        raise ValueError("RLE counts hold a character that no RLE has") from None
-    bits = characters.astype(np.int64) - 48
-    if not len(bits):
-        return bits
-    if bits.min() < 0 or bits.max() > 63 or bits[-1] & 32:
-        raise ValueError("RLE counts are cut off or hold a character that no RLE has")
-    last = np.flatnonzero((bits & 32) == 0)  # where each value ends
-    first = np.concatenate([[0], last[:-1] + 1])
-    place = np.arange(len(bits)) - np.repeat(first, last - first + 1)
-    if place.max() > 6:
-        raise ValueError("RLE counts hold a run longer than any picture")
-    values = np.add.reduceat((bits & 31) << (5 * place), first)
-    negative = (bits[last] & 16) != 0
-    values -= np.where(negative, np.int64(1) << (5 * (last - first + 1)), 0)
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])
-    return values
 
 
 def draw_runs(
