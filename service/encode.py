@@ -52,7 +52,7 @@ def coco_document(
         detections = select(picture.detections, wanted)
         height, width = detections.image_size
         images.append({"id": image_id, "file_name": picture.name, "width": width, "height": height})
-        for result in detections.to_coco(image_id, [category.id for category in info.categories]):
+        for result in detections.to_coco(image_id, info.category_ids):
             rle = result["segmentation"]
             annotations.append(
                 {

@@ -183,6 +183,11 @@ def shipped_weights() -> dict[str, Path]:
     return {path.stem: path for path in sorted(WEIGHTS_DIR.glob("*.safetensors"))}
 
 
+def weights_path(name_or_path: str | os.PathLike[str]) -> Path:
+    """Where weights of that name lie in the package; for any other text the path that it is."""
+    return shipped_weights().get(os.fspath(name_or_path), Path(name_or_path))
+
+
 def load(name_or_path: str | os.PathLike[str], device: torch.device | str | None = None) -> Predictor:
     """A predictor from weights in the package or from a checkpoint file.
 
@@ -195,25 +200,30 @@ def load(name_or_path: str | os.PathLike[str], device: torch.device | str | None
         CheckpointError: a file that is not a checkpoint, or a broken one.
         ValueError: a device that is not there.
     """
-    shipped = shipped_weights()
-    path = shipped.get(os.fspath(name_or_path), Path(name_or_path))
+    path = weights_path(name_or_path)
     if not path.is_file():
-        known = ", ".join(shipped) or "none"
+        known = ", ".join(shipped_weights()) or "none"
         raise FileNotFoundError(f"no weights {os.fspath(name_or_path)!r}: neither a file nor one of the names {known}")
     model, info = load_checkpoint(path, _device(device))
     # Channels-last is what CPUs, tensor cores and SgRoIAlign are fastest with; from the weights it spreads to all else.
     return Predictor(model.to(memory_format=torch.channels_last), info)
 
 
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def parse_device(device: torch.device | str) -> torch.device:
+    """A device as it was named, whether or not it is there. Raises ValueError for any but cpu, cuda and cuda:N."""
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from None
-    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {chosen} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device {chosen} is not supported; use cpu, cuda or cuda:N")
+    return chosen
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = parse_device(device)
+    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device {chosen} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return chosen

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dsg.model.network.predictor import parse_device
 from dsg.model.training.errors import TrainingError
 
 
@@ -37,6 +38,7 @@ def processes(device: str | None) -> Iterator[tuple[Ranks, torch.device]]:
             GPU of the local rank.
 
     Raises:
+        ValueError: a device that is neither the CPU nor a GPU.
         TrainingError: CUDA is asked for and absent, or a single GPU is named for several processes.
     """
     ranks = Ranks(
@@ -44,7 +46,7 @@ def processes(device: str | None) -> Iterator[tuple[Ranks, torch.device]]:
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
     )
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise TrainingError(f"device {chosen} was asked for and PyTorch sees no GPU: use device cpu")

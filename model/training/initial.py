@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dsg.model.network.backbones import load_backbone_weights
-from dsg.model.network.predictor import shipped_weights
+from dsg.model.network.predictor import shipped_weights, weights_path
 from dsg.model.training.errors import TrainingError
 
 _NAMES_SHOWN = 3
@@ -39,7 +39,7 @@ def initialise(model: nn.Module, source: str) -> str:
         TrainingError: no such file, nothing in it fits, or the network has no backbone to fill.
         ValueError: the file is broken, or the backbone's tensors do not fit.
     """
-    path = shipped_weights().get(source, Path(source))
+    path = weights_path(source)
     if not path.is_file():
         known = ", ".join(shipped_weights()) or "none here"
         raise TrainingError(f"--init {source}: neither a file nor a name of shipped weights ({known})")

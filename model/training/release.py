@@ -17,7 +17,7 @@ from dsg.model.network.build import build
 from dsg.model.network.checkpoint import CheckpointError, CheckpointInfo, Resize, read_info, save_checkpoint
 from dsg.model.network.config import FIELD_NAMES
 from dsg.model.network.detector import Detector
-from dsg.model.network.predictor import shipped_weights
+from dsg.model.network.predictor import weights_path
 from dsg.model.network.presets import preset_config, presets
 from dsg.model.training.config import Recipe
 from dsg.model.training.recipe_file import to_table
@@ -76,7 +76,7 @@ def origin_of(init: str | None) -> dict[str, str]:
     if init is None:
         return {}
     try:
-        info = read_info(shipped_weights().get(init, Path(init)))
+        info = read_info(weights_path(init))
     except CheckpointError:  # a backbone's weights say nothing about themselves
         return {"name": Path(init).name, "licence": ""}
     return {"name": info.name, "licence": info.licence}

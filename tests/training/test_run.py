@@ -218,6 +218,7 @@ def test_what_cannot_start_says_so_in_one_line(shapes, tmp_path, quiet):
     refused(TrainingError, r"--resume: .*last does not exist", [file], resume=True)
     if not torch.cuda.is_available():
         refused(TrainingError, "PyTorch sees no GPU: use device cpu", [file], device="cuda")
+    refused(ValueError, "unknown device 'gpu'; use cpu, cuda or cuda:N", [file], device="gpu")
     document = json.loads(file.read_text())
     document["categories"] = [{"id": 7, "name": "ring"}, {"id": 3, "name": "rod"}]
     other = file.with_name("other.json")
