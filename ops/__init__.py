@@ -5,11 +5,13 @@ if __name__ != "dsg.ops":
 
 from dsg.ops._load import kernel_name
 from dsg.ops.masks import encode_masks, paste_masks
+from dsg.ops.nms import batched_nms
 from dsg.ops.sg_roi_align import MultiScaleSgRoIAlign, SgRoIAlign, multiscale_sg_roi_align, sg_roi_align
 
 __all__ = [
     "MultiScaleSgRoIAlign",
     "SgRoIAlign",
+    "batched_nms",
     "encode_masks",
     "kernel_name",
     "multiscale_sg_roi_align",

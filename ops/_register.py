@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsg.ops import _reference
+from dsg.ops import _reference, _reference_nms
 from dsg.ops._load import loaded_kernels
 from dsg.ops._sampling import Sampling
 
@@ -29,6 +29,7 @@ SCHEMAS = (
     f"{_ONE}, {_FLAGS}) -> (Tensor, Tensor)",
     "multiscale_sg_roi_align_backward(Tensor grad_output, Tensor[] features, Tensor rois, Tensor? prob, "
     f"{_MANY}, {_FLAGS}) -> (Tensor[], Tensor)",
+    "batched_nms(Tensor boxes, Tensor groups, Tensor valid, float iou_threshold) -> Tensor",
 )
 
 _library = torch.library.Library("dsg", "DEF")
@@ -116,6 +117,10 @@ def _fake_backward_one(
     return grads[0], grad_prob
 
 
+def _fake_nms(boxes: Tensor, groups: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
+    return torch.empty_like(valid)
+
+
 # --- autograd -------------------------------------------------------------------------------------
 
 
@@ -190,6 +195,8 @@ def _register() -> None:
         op = getattr(torch.ops.dsg, name).default
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
             _library.impl(name, _without_autocast(op, device), key)
+    _library.impl("batched_nms", _reference_nms.batched_nms, "CompositeExplicitAutograd")
+    torch.library.register_fake("dsg::batched_nms", _fake_nms, lib=_library)
 
 
 _register()

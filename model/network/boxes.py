@@ -6,8 +6,10 @@ N, M boxes of one image; B images.
 import math
 
 import torch
-import torchvision
 from torch import Tensor
+from torch.nn import functional
+
+from dsg.ops import batched_nms
 
 # a box never grows more than this in one step: exp(4.135) = 62.5 (R-CNN's bound, keeps exp from overflowing)
 _MAX_LOG_SCALE = math.log(1000.0 / 16)
@@ -94,20 +96,10 @@ def non_maximum_suppression(
     Returns:
         index int64 [B, keep] into N, by falling score, and valid bool [B, keep]; index is 0 where not valid.
     """
-    batch, count = scores.shape
-    kept_scores = scores.new_full((batch, max(count, keep)), -math.inf)
-    reach = (
-        torch.where(valid[..., None], boxes.detach(), torch.zeros_like(boxes)).abs().amax(dim=(1, 2)).double()
-    )  # [B]
-    for image in range(batch):
-        rows = valid[image].nonzero().squeeze(1)  # [n]
-        # Groups are moved apart and compared in one run. In float64, since an offset of a million pixels would
-        # eat the fraction of a float32 coordinate and with it the overlap.
-        apart = boxes[image, rows].double()  # [n, 4]
-        offsets = groups[image, rows].double() * (2 * reach[image] + 1)  # [n]
-        survivors = torchvision.ops.nms(apart + offsets[:, None], scores[image, rows].double(), iou_threshold)
-        chosen = rows[survivors]
-        kept_scores[image, chosen] = scores[image, chosen]
+    survives = batched_nms(boxes.detach(), scores, groups, valid, iou_threshold)  # [B, N]
+    kept_scores = scores.masked_fill(~survives, -math.inf)
+    if scores.shape[1] < keep:
+        kept_scores = functional.pad(kept_scores, (0, keep - scores.shape[1]), value=-math.inf)
     best, index = kept_scores.topk(keep, dim=1)  # [B, keep]
     alive = best > -math.inf
     return torch.where(alive, index, torch.zeros_like(index)), alive

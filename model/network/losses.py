@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dsg.model.network.boxes import encode_deltas
-from dsg.model.network.matching import POSITIVE, BalancedSampler, match
+from dsg.model.network.matching import POSITIVE, UNUSED, BalancedSampler, match
 from dsg.model.network.rpn import DELTA_WEIGHTS, widen
 from dsg.model.network.types import Proposals, Targets
 from dsg.ops import sg_roi_align
+
+
+# Pairs of an anchor and a ground-truth box that are compared at once: about 40 bytes each while it lasts.
+_MOST_PAIRS = 2**25
 
 
 class RPNLoss(nn.Module):
@@ -55,21 +59,24 @@ class RPNLoss(nn.Module):
         all_logits, all_deltas = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)  # [B, N], [B, N, 4]
         all_anchors = torch.cat(anchors)  # [N, 4]
         objectness, box, samples = all_logits.sum() * 0, all_deltas.sum() * 0, all_logits.new_zeros(())
-        for image in range(len(all_logits)):
+        for part in _parts(targets.boxes.shape, len(all_anchors)):
+            truth = targets.boxes[part]  # [b, G, 4]
             index, role = match(
-                all_anchors, targets.boxes[image], targets.valid[image], targets.ignore_boxes[image],
+                all_anchors, truth, targets.valid[part], targets.ignore_boxes[part],
                 self.positive_iou, self.negative_iou, self.ignore_overlap, best_for_each_truth=True,
             )  # fmt: skip
-            rows, valid = self.sampler(role)  # [S]
-            rows = rows[valid]
-            is_positive = role[rows] == POSITIVE
-            objectness = objectness + functional.binary_cross_entropy_with_logits(
-                all_logits[image, rows], is_positive.to(all_logits.dtype), reduction="sum"
-            )
-            positive = rows[is_positive]
-            wanted = encode_deltas(targets.boxes[image, index[positive]], all_anchors[positive], DELTA_WEIGHTS)
-            box = box + functional.smooth_l1_loss(all_deltas[image, positive], wanted, beta=self.beta, reduction="sum")
-            samples = samples + len(rows)
+            rows, valid = self.sampler(role)  # [b, S]
+            is_positive = valid & (role.gather(1, rows) == POSITIVE)
+            found = all_logits[part].gather(1, rows)
+            wrong = functional.binary_cross_entropy_with_logits(found, is_positive.to(found.dtype), reduction="none")
+            objectness = objectness + wrong.where(valid, 0).sum()
+            samples = samples + valid.sum()
+
+            image, place = is_positive.nonzero(as_tuple=True)  # [P] each
+            positive = rows[image, place]
+            wanted = encode_deltas(truth[image, index[image, positive]], all_anchors[positive], DELTA_WEIGHTS)
+            off = all_deltas[part][image, positive]  # [P, 4]
+            box = box + functional.smooth_l1_loss(off, wanted, beta=self.beta, reduction="sum")
         samples = samples.clamp(min=1)
         return {"loss_objectness": objectness / samples, "loss_rpn_box_reg": box / samples}
 
@@ -106,26 +113,28 @@ class RoISampler(nn.Module):
     @torch.no_grad()
     def forward(self, proposals: Proposals, targets: Targets) -> RoISamples:
         """RoIs, image by image, positives first within an image."""
-        rois, truth, labels = [], [], []
-        for image in range(len(proposals.boxes)):
-            boxes = torch.cat([proposals.boxes[image], targets.boxes[image]])  # [K + G, 4]
-            usable = torch.cat([proposals.valid[image], targets.valid[image]])
-            index, role = match(
-                boxes, targets.boxes[image], targets.valid[image], targets.ignore_boxes[image],
-                self.positive_iou, self.positive_iou, self.ignore_overlap, best_for_each_truth=False,
-            )  # fmt: skip
-            rows, valid = self.sampler(role.masked_fill(~usable, -1))
-            rows = rows[valid]
-            matched = index[rows]
-            is_positive = role[rows] == POSITIVE
-            rois.append(functional.pad(boxes[rows], (1, 0), value=float(image)))  # [S, 5]
-            truth.append(matched)
-            labels.append(
-                targets.labels[image, matched].where(is_positive, 0)
-                if targets.labels.shape[1]
-                else torch.zeros_like(matched)
-            )
-        return RoISamples(torch.cat(rois), torch.cat(truth), torch.cat(labels))
+        boxes = torch.cat([proposals.boxes, targets.boxes], dim=1)  # [B, K + G, 4]
+        usable = torch.cat([proposals.valid, targets.valid], dim=1)
+        index, role = match(
+            boxes, targets.boxes, targets.valid, targets.ignore_boxes,
+            self.positive_iou, self.positive_iou, self.ignore_overlap, best_for_each_truth=False,
+        )  # fmt: skip
+        rows, valid = self.sampler(role.masked_fill(~usable, UNUSED))  # [B, S]
+        image, place = valid.nonzero(as_tuple=True)  # [R] each
+        row = rows[image, place]
+        truth = index[image, row]
+        labels = torch.zeros_like(truth)
+        if targets.labels.shape[1]:
+            labels = targets.labels[image, truth].where(role[image, row] == POSITIVE, 0)
+        rois = torch.cat([image[:, None].to(boxes.dtype), boxes[image, row]], dim=1)  # [R, 5]
+        return RoISamples(rois, truth, labels)
+
+
+def _parts(truth: torch.Size, anchors: int) -> list[slice]:
+    """Images whose overlaps with the anchors are worked out at once; their number depends on shapes alone."""
+    batch, boxes = truth[0], truth[1]
+    at_once = max(1, _MOST_PAIRS // max(boxes * anchors, 1))
+    return [slice(first, first + at_once) for first in range(0, batch, at_once)]
 
 
 def box_head_loss(
@@ -183,14 +192,19 @@ def crop_masks(targets: Targets, samples: RoISamples, rows: Tensor, side: int, a
     Returns:
         Tensor[R, side, side] in 0..1.
     """
-    images = samples.images[rows]
     crops = samples.rois.new_zeros((len(rows), side, side))
-    for image, masks in enumerate(targets.masks):
-        mine = (images == image).nonzero().squeeze(1)  # [P]
+    images, truth, boxes = samples.images[rows], samples.truth[rows], samples.rois[rows, 1:]
+    # Images of one size, all of them as a rule, put their masks in one list.
+    for size in {masks.shape[1:] for masks in targets.masks}:
+        lists = [masks if masks.shape[1:] == size else masks[:0] for masks in targets.masks]
+        counts = torch.tensor([len(masks) for masks in lists])  # [B]
+        start = (counts.cumsum(0) - counts).where(counts > 0, -1).to(rows.device)  # [B]
+        mine = (start[images] >= 0).nonzero().squeeze(1)  # [P]
         if not len(mine):
             continue
-        instances, place = samples.truth[rows[mine]].unique(return_inverse=True)
-        pixels = masks[instances, None].to(crops.dtype)  # [n, 1, H, W]
-        rois = torch.cat([place[:, None].to(crops.dtype), samples.rois[rows[mine], 1:]], dim=1)  # [P, 5]
+        # Only masks that are asked for become numbers.
+        instances, place = (start[images] + truth)[mine].unique(return_inverse=True)
+        pixels = torch.cat([masks for masks in lists if len(masks)])[instances, None].to(crops.dtype)  # [n, 1, H, W]
+        rois = torch.cat([place[:, None].to(crops.dtype), boxes[mine]], dim=1)  # [P, 5]
         crops[mine] = sg_roi_align(pixels, rois, None, side, 1.0, sampling_ratio=0, aligned=aligned)[:, 0]
     return crops

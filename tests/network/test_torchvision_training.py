@@ -54,7 +54,7 @@ def first_rows_sampler(self, matched_idxs):
 
 
 def in_order(shape, device):
-    return torch.arange(shape[0], 0, -1, device=device)
+    return torch.arange(shape[-1], 0.0, -1, device=device).expand(shape)
 
 
 def test_losses_and_gradients_of_ten_steps_are_equal(tmp_path, monkeypatch):
