@@ -56,17 +56,24 @@ def _check_shapes(features: Sequence[Tensor], rois: Tensor, prob: Tensor | None)
         torch._check(prob.shape[0] == rois.shape[0], lambda: f"{prob.shape[0]} maps for {rois.shape[0]} rois")
 
 
+def output_format(features: Tensor) -> torch.memory_format:
+    """Layout of the pooled features: on CUDA that of the features, for the convolutions that come next."""
+    channels_last = features.device.type == "cuda" and features.shape[1] > 1 and features.stride(1) == 1
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 # --- plain PyTorch kernels ------------------------------------------------------------------------
 
 
 def _forward_one(features: Tensor, rois: Tensor, prob: Tensor | None, *sampling: Any) -> Tensor:
     _check_shapes([features], rois, prob)
-    return _reference.forward([features], rois, prob, _one(*sampling))
+    return _reference.forward([features], rois, prob, _one(*sampling)).to(memory_format=output_format(features))
 
 
 def _forward_many(features: Sequence[Tensor], rois: Tensor, prob: Tensor | None, *sampling: Any) -> Tensor:
     _check_shapes(features, rois, prob)
-    return _reference.forward(features, rois, prob, _many(*sampling))
+    pooled = _reference.forward(features, rois, prob, _many(*sampling))
+    return pooled.to(memory_format=output_format(features[0]))
 
 
 def _backward_one(
@@ -90,7 +97,8 @@ def _fake_forward_one(
     features: Tensor, rois: Tensor, prob: Tensor | None, height: int, width: int, *rest: Any
 ) -> Tensor:
     _check_shapes([features], rois, prob)
-    return features.new_empty(rois.shape[0], features.shape[1], height, width)
+    output = features.new_empty(rois.shape[0], features.shape[1], height, width)
+    return output.to(memory_format=output_format(features))
 
 
 def _fake_forward_many(

@@ -1,6 +1,7 @@
 """Loaders: which pictures make up which batch, and the processes that prepare them."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dsg.model.data.dataset import CocoDataset, SampleKey, collate
-from dsg.model.data.records import DataError
+from dsg.model.data.records import CocoData, DataError
 from dsg.model.data.sample import Sample
 
 __all__ = [
@@ -37,6 +38,9 @@ class TrainBatches(Sampler[list[SampleKey]]):
     dropped, or filled with pictures of the same epoch, varied anew; the latter also where there are fewer
     pictures than a batch holds.
 
+    With weights, an epoch is of the same length, and a picture comes up in it as often as its weight says on average:
+    the whole part of that surely, the fraction by lot, each time varied anew.
+
     The batch is that of all ranks together: rank r takes every world_size-th key of it from the r-th on. So a
     run that goes on with another number of ranks sees the same pictures, varied the same way, in each step.
     """
@@ -48,6 +52,7 @@ class TrainBatches(Sampler[list[SampleKey]]):
         *,
         seed: int,
         groups: np.ndarray | None = None,  # bool [length]
+        weights: np.ndarray | None = None,  # float64 [length], above 0
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -67,6 +72,7 @@ class TrainBatches(Sampler[list[SampleKey]]):
         self._length = length
         self._seed = seed
         self._groups = groups
+        self._weights = weights
         self._rank = rank
         self._world_size = world_size
         full, rest = divmod(length, batch_size)
@@ -87,18 +93,37 @@ class TrainBatches(Sampler[list[SampleKey]]):
     def _plan_epoch(self, epoch: int) -> list[list[SampleKey]]:
         rng = np.random.default_rng([self._seed, _ORDER_STREAM, epoch])
         size = self.batch_size
-        order = rng.permutation(self._length)
+        order = self._draw(rng)
         parts = [order] if self._groups is None else [order[self._groups[order]], order[~self._groups[order]]]
         whole = [len(part) - len(part) % size for part in parts]
         queue = np.concatenate(
             [part[:stop] for part, stop in zip(parts, whole, strict=True)]
             + [part[stop:] for part, stop in zip(parts, whole, strict=True)]
         )
-        keys = [SampleKey(int(index), epoch) for index in queue]
+        laps: Counter[int] = Counter()
+        keys = []
+        for index in queue.tolist():
+            keys.append(SampleKey(index, epoch, laps[index]))
+            laps[index] += 1
         wanted = self.batches_per_epoch * size
         for extra in range(wanted - len(keys)):
-            keys.append(SampleKey(int(order[extra % self._length]), epoch, 1 + extra // self._length))
+            index = int(order[extra % self._length])
+            keys.append(SampleKey(index, epoch, laps[index]))
+            laps[index] += 1
         return [keys[place * size : (place + 1) * size] for place in rng.permutation(self.batches_per_epoch)]
+
+
+    def _draw(self, rng: np.random.Generator) -> np.ndarray:
+        """An epoch's pictures in their order, int64 [length]."""
+        order = rng.permutation(self._length)
+        if self._weights is None:
+            return order
+        # A comb of even teeth over the pictures' shares, laid side by side in random order: each picture is met by the
+        # whole part of its share's teeth, and by one more with the probability of the fraction.
+        ends = np.cumsum(self._weights[order])
+        teeth = (rng.random() + np.arange(self._length)) * (ends[-1] / self._length)
+        drawn = order[np.searchsorted(ends, teeth, side="right").clip(max=self._length - 1)]
+        return drawn[rng.permutation(self._length)]
 
 
 class _Guarded(Dataset[Sample | DataError]):
@@ -204,6 +229,7 @@ def build_train_loader(
     world_size: int = 1,
     drop_last: bool = True,
     start: int = 0,
+    repeat_below: float = 0.0,
 ) -> TrainLoader:
     """An endless loader, grouped by aspect ratio unless the transform gives all samples one shape.
 
@@ -216,6 +242,8 @@ def build_train_loader(
         world_size: number of processes that train together.
         drop_last: leave out an epoch's last images that fill no batch; False: fill up with others of it.
         start: iteration to begin with: the number of batches already used, for a run that goes on.
+        repeat_below: share of the pictures, 0 to 1: pictures with a class that fewer show come up more often, see
+            `repeat_weights`; 0: all equally often.
 
     Raises:
         ValueError: a batch that the ranks cannot share evenly, a rank or number of workers out of range.
@@ -227,12 +255,25 @@ def build_train_loader(
         batch_size,
         seed=seed,
         groups=None if one_shape else dataset.wide(),
+        weights=repeat_weights(dataset.data, repeat_below) if repeat_below else None,
         start=start,
         rank=rank,
         world_size=world_size,
         drop_last=drop_last,
     )
     return TrainLoader(dataset, batches, workers)
+
+
+def repeat_weights(data: CocoData, share: float) -> np.ndarray:
+    """How often each picture should come up, relative to the others: float64 [pictures], 1 or more.
+
+    Repeat-factor sampling (Gupta et al., LVIS, 2019, section 4.1): a class that a share f of the pictures shows asks
+    for sqrt(share / f) where that is above 1, and a picture is given the most that one of its classes asks for.
+    """
+    shown = [{one.category_id for one in record.annotations if not one.iscrowd} for record in data.records]
+    pictures = Counter(itertools.chain.from_iterable(shown))
+    asked = {name: max(1.0, (share * len(shown) / count) ** 0.5) for name, count in pictures.items()}
+    return np.array([max((asked[name] for name in names), default=1.0) for names in shown])
 
 
 def build_eval_loader(

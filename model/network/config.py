@@ -87,6 +87,9 @@ class DetectorConfig:
     box_pool: int = 7
     mask_pool: int = 14
     """Sides of the pooled features; masks come out twice as large as `mask_pool`."""
+    mask_per_class: bool = True
+    """One mask output for each class, as in Mask R-CNN; False: one for all, for data with few masks of most classes
+    (Mask R-CNN, section 4.1, finds the two nearly equal where masks are many)."""
 
     # --- heads
     roi_samples: int = 512

@@ -21,6 +21,8 @@ from dsg.model.network.rpn import ProposalSelector, RPNHead, widen
 from dsg.model.network.types import PaddedDetections, ProposalMasks, Targets
 from dsg.ops import MultiScaleSgRoIAlign
 
+_ROWS = 256
+
 
 class Detector(nn.Module):
     """A two-stage detector with masks, put together from its parts by `build`.
@@ -164,11 +166,13 @@ class Detector(nn.Module):
         result |= box_head_loss(logits, deltas, samples, targets, config.box_delta_weights, config.box_smooth_l1_beta)
         rows = rows_with_mask(samples, targets)  # [P]
         wanted = crop_masks(targets, samples, rows, 2 * config.mask_pool, config.roi_aligned)  # [P, m, m]
-        row_masks = None if proposal_masks is None else proposal_masks.rows(rows)
-        if row_masks is not None:
-            result["loss_proposal_mask"] = mask_loss(row_masks.logits, wanted)
-        masks = self._segment(levels, samples.rois[rows], row_masks)  # [P, num_classes + 1, m, m]
-        result["loss_mask"] = mask_loss(masks[torch.arange(len(rows)), samples.labels[rows]], wanted)
+        if proposal_masks is not None:
+            result["loss_proposal_mask"] = mask_loss(proposal_masks.logits[rows], wanted)
+        filled = rounded_up(rows)  # [Q]
+        row_masks = None if proposal_masks is None else proposal_masks.rows(filled)
+        masks = self._segment(levels, samples.rois[filled], row_masks)  # [Q, num_classes + 1 or 1, m, m]
+        channel = samples.labels[rows] if config.mask_per_class else torch.zeros_like(rows)
+        result["loss_mask"] = mask_loss(masks[torch.arange(len(rows)), channel], wanted)
         return result
 
     def _pyramid(self, batch: Tensor, sizes: Tensor) -> list[Tensor]:
@@ -190,7 +194,8 @@ class Detector(nn.Module):
     def _mask_probs(
         self, levels: list[Tensor], rois: Tensor, labels: Tensor, masks: ProposalMasks | None
     ) -> Tensor:  # [R, 5], int64 [R] -> [R, m, m] in 0..1
-        return widen(self._segment(levels, rois, masks, labels)).sigmoid().squeeze(1)
+        wanted = labels if self.config.mask_per_class else None
+        return widen(self._segment(levels, rois, masks, wanted)).sigmoid().squeeze(1)
 
     def _proposal_masks(self, levels: list[Tensor], rois: Tensor) -> ProposalMasks | None:
         if self.mpn is None:
@@ -218,6 +223,13 @@ class Detector(nn.Module):
             features = self.fuse_mask(features, masks.features)
         logits, _ = self.mask_head(features, labels)
         return logits
+
+
+def rounded_up(rows: Tensor) -> Tensor:  # int64 [P] -> int64 [Q], Q the next multiple of `_ROWS`
+    """Rows with the first one repeated at the end, on a GPU: cuDNN plans anew, in milliseconds, for each number of RoIs
+    that it has not met."""
+    missing = -len(rows) % _ROWS if rows.is_cuda and len(rows) else 0
+    return torch.cat([rows, rows[:1].expand(missing)])
 
 
 def as_rois(boxes: Tensor) -> Tensor:  # [B, K, 4] -> [B * K, 5]

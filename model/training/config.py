@@ -93,6 +93,9 @@ class BatchConfig:
     workers: int = 4
     """Processes per GPU that read and augment pictures, at most one a CPU core; 0 does it in the training
     process."""
+    repeat_below: float = 0.0
+    """Share of the pictures, 0 to 1: pictures with a class that fewer show come up more often (repeat-factor sampling);
+    0: all equally often."""
     cache_images: bool = False
     """Keep all training pictures decoded in memory: 3 bytes a pixel."""
 
@@ -100,6 +103,8 @@ class BatchConfig:
         _positive("batch.images", self.images)
         _positive("batch.accumulate", self.accumulate)
         _not_negative("batch", self, "workers")
+        if not 0 <= self.repeat_below <= 1:
+            raise ValueError(f"batch.repeat_below is {self.repeat_below}; it is a share of the pictures, 0 to 1")
         if self.images % self.accumulate:
             raise ValueError(f"batch.images = {self.images} is no multiple of batch.accumulate = {self.accumulate}")
 

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -26,21 +26,28 @@ class Ema:
         self.decay = decay
         self.updates = 0
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self._pairs: tuple[nn.Module, tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]] | None = None
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Moves the average towards `model`'s weights of now."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages, weights = [], []
-        now = model.state_dict()
-        for name, average in self.module.state_dict().items():
-            if average.is_floating_point():
-                averages.append(average)
-                weights.append(now[name])
-            else:
-                average.copy_(now[name])
+        averages, weights, counts = self._pairs_with(model)
         torch._foreach_lerp_(averages, weights, 1 - decay)  # one launch for all tensors, not one each
+        for average, now in counts:
+            average.copy_(now)
+
+    def _pairs_with(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Averages and weights in the same order, and the pairs of integers. Listed once: hundreds of names a step would
+        take longer than the arithmetic. Steps and `load_state_dict` change tensors in place, so the lists stay true."""
+        if self._pairs is None or self._pairs[0] is not model:
+            now = model.state_dict()
+            own = self.module.state_dict()
+            floats = [name for name, average in own.items() if average.is_floating_point()]
+            counts = [(own[name], now[name]) for name in own.keys() - set(floats)]
+            self._pairs = model, ([own[name] for name in floats], [now[name] for name in floats], counts)
+        return self._pairs[1]
 
     def state_dict(self) -> dict:
         """What a resumed run needs to go on exactly: the average and how many updates made it."""

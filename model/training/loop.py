@@ -17,6 +17,7 @@ from dsg.model.training import distributed
 from dsg.model.training.checkpoint import TrainState, seed_step
 from dsg.model.training.config import Recipe
 from dsg.model.training.errors import TrainingError
+from dsg.model.training.graphs import capture
 from dsg.model.training.log import TrainingLog
 from dsg.model.training.optim import Schedule, clip_gradients, set_learning_rate
 from dsg.model.training.stop import StopRequest
@@ -65,8 +66,12 @@ class TrainLoop:
     ) -> None:
         self.state, self.schedule, self.recipe = state, schedule, recipe
         self.hooks, self.log, self.device, self.ranks = hooks, log, device, ranks
-        self.network = distributed.wrap(state.model.train(), ranks)
         self.precision = precision_of(device, recipe.run.precision)
+        state.model.train()
+        alone = device.type == "cuda" and ranks.world_size == 1 and recipe.batch.accumulate == 1
+        if alone and recipe.augment.same_shape:
+            capture(state.model, recipe.batch.images, recipe.augment.crop_size, self.precision)
+        self.network = distributed.wrap(state.model, ranks)
         self.window = _Window()
         self.batches = iter(batches)
 

@@ -56,7 +56,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, batch_images: int
     ]
     if config.kind == "sgd":
         return torch.optim.SGD(parameters, lr=rate, momentum=config.momentum)
-    return torch.optim.AdamW(parameters, lr=rate)
+    on_gpu = all(parameter.is_cuda for members in groups.values() for parameter in members)
+    return torch.optim.AdamW(parameters, lr=rate, fused=on_gpu)
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ def train(
             rank=ranks.rank,
             world_size=ranks.world_size,
             start=state.iteration,
+            repeat_below=recipe.batch.repeat_below,
         )
         schedule = Schedule.of(recipe.schedule, loader.batches_per_epoch)
         info = describe(recipe, model, train_set, name=out.resolve().name, files=data, origin=state.origin)

@@ -61,7 +61,7 @@ def test_cuda_kernel_is_what_runs() -> None:
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("ratio", [2, 0])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [3, 70])
+@pytest.mark.parametrize("channels", [3, 70, 24, 256])
 def test_loses_no_more_than_pytorch(
     channels: int, dtype: torch.dtype, ratio: int, guided: bool, layout: torch.memory_format
 ) -> None:
@@ -83,8 +83,11 @@ def test_loses_no_more_than_pytorch(
         sampling,
         upstream.cuda(),
     )
-    for got, plain, wanted in zip(run(*on_gpu), run_reference(*on_gpu), exact, strict=True):
-        assert (got.dtype, got.shape, got.stride()) == (plain.dtype, plain.shape, plain.stride())
+    results = run(*on_gpu)
+    assert results[0].is_contiguous(memory_format=layout)  # laid out as the features are
+    for got, plain, wanted in zip(results, run_reference(*on_gpu), exact, strict=True):
+        assert (got.dtype, got.shape) == (plain.dtype, plain.shape)
+        assert got is results[0] or got.stride() == plain.stride()
         slack = wanted.abs().max().item() * (1e-15 if dtype == torch.float64 else 1e-6) if wanted.numel() else 0.0
         assert worst(got, wanted) <= 2 * worst(plain, wanted) + slack
 
@@ -149,13 +152,14 @@ def test_opcheck(layout: torch.memory_format) -> None:
         torch.library.opcheck(OPS.multiscale_sg_roi_align_backward.default, (grad, levels, rois, prob, *many, *flags))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_deterministic_mode_is_bit_equal_over_runs(dtype: torch.dtype) -> None:
+def test_deterministic_mode_is_bit_equal_over_runs(dtype: torch.dtype, layout: torch.memory_format) -> None:
     """Many RoIs on the same cells, so that any order left to chance would show."""
-    features, rois, prob = scene(33, dtype, 600)
-    levels = [level.cuda().requires_grad_() for level in features]
+    features, rois, prob = scene(32, dtype, 600)
+    levels = [level.cuda().contiguous(memory_format=layout).requires_grad_() for level in features]
     rois, prob = rois.cuda(), prob.cuda().requires_grad_()
-    upstream = torch.randn(600, 33, 7, 7, device="cuda").to(dtype)
+    upstream = torch.randn(600, 32, 7, 7, device="cuda").to(dtype)
     torch.use_deterministic_algorithms(True)
     try:
         runs = []

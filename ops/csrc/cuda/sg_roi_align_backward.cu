@@ -1,7 +1,8 @@
 // SgRoIAlign on CUDA, backward: every gradient is gathered by the one warp that owns it, in a fixed order.
 //
 // No atomics: the result is the same in every run, low precisions are rounded once, and nothing is filled with zeros
-// or copied afterwards. `deterministic` has nothing left to choose.
+// or copied afterwards. What the deterministic mode runs, and what takes the layouts and samplings that the kernels of
+// channels_last_backward.cu do not.
 #include "pyramid.cuh"
 
 namespace dsg {

@@ -8,7 +8,7 @@ namespace {
 // features; else they take neighbouring bins, whose cells lie in the same rows of a plane.
 template <typename scalar_t, bool channels_inner, typename acc_t = accumulate_t<scalar_t>>
 __global__ void __launch_bounds__(kThreads) forward_kernel(
-    const Call<acc_t> call, const Pyramid<const scalar_t> pyramid, scalar_t* __restrict__ output, int64_t total) {
+    const Call<acc_t> call, const Pyramid<const scalar_t> pyramid, const Image4<scalar_t> output, int64_t total) {
   const int64_t bins = call.out_height * call.out_width;
   for (int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; index < total;
        index += static_cast<int64_t>(gridDim.x) * kThreads) {
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
       }
       sum /= place.count();
     }
-    output[(row * call.channels + channel) * bins + bin] = static_cast<scalar_t>(sum);
+    output.at(row, channel, bin_y, bin_x) = static_cast<scalar_t>(sum);
   }
 }
 
@@ -58,7 +58,7 @@ void launch_forward(
     using scalar_t = decltype(zero);
     const auto call = make_call<accumulate_t<scalar_t>>(features, rois, prob, sampling);
     const auto pyramid = pyramid_of<const scalar_t>(features);
-    scalar_t* target = static_cast<scalar_t*>(output.mutable_data_ptr());
+    const auto target = image4_of<scalar_t>(output);
     const int64_t total = output.numel();
     const cudaStream_t stream = current_stream(output);
     if (features[0].stride(1) == 1) {
