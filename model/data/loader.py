@@ -112,7 +112,6 @@ class TrainBatches(Sampler[list[SampleKey]]):
             laps[index] += 1
         return [keys[place * size : (place + 1) * size] for place in rng.permutation(self.batches_per_epoch)]
 
-
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
         """An epoch's pictures in their order, int64 [length]."""
         order = rng.permutation(self._length)

@@ -15,7 +15,6 @@ from dsg.model.network.rpn import DELTA_WEIGHTS, widen
 from dsg.model.network.types import Proposals, Targets
 from dsg.ops import sg_roi_align
 
-
 # Pairs of an anchor and a ground-truth box that are compared at once: about 40 bytes each while it lasts.
 _MOST_PAIRS = 2**25
 

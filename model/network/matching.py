@@ -1,6 +1,7 @@
 """Which ground truth an anchor or RoI answers for, and which of them enter the loss.
 
-"...": nothing for one image, B for a batch; N anchors or RoIs of an image, G ground-truth boxes, I ignore regions, S sampled rows.
+"...": nothing for one image, B for a batch; N anchors or RoIs of an image, G ground-truth boxes, I ignore regions,
+S sampled rows.
 """
 
 from collections.abc import Callable

@@ -39,8 +39,11 @@ class Ema:
             average.copy_(now)
 
     def _pairs_with(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-        """Averages and weights in the same order, and the pairs of integers. Listed once: hundreds of names a step would
-        take longer than the arithmetic. Steps and `load_state_dict` change tensors in place, so the lists stay true."""
+        """Averages and weights in the same order, and the pairs of integers.
+
+        Listed once: hundreds of names a step would take longer than the arithmetic. Steps and `load_state_dict` change
+        tensors in place, so the lists stay true.
+        """
         if self._pairs is None or self._pairs[0] is not model:
             now = model.state_dict()
             own = self.module.state_dict()

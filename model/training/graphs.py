@@ -27,6 +27,8 @@ def capture(model: torch.nn.Module, images: int, side: int, precision: torch.dty
     if not isinstance(model, Detector) or any(isinstance(part, _BatchNorm) for part in model.modules()):
         return False
     height, width = padded_size(side, side)
+    # The capture runs on a stream of its own, and autograd remembers that; nothing of it is run again but the graphs.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     device = next(model.parameters()).device
     # Casts of weights are part of the graph: a cache would tie it to tensors that are gone by the next step.
     with torch.autocast("cuda", precision, enabled=precision != torch.float32, cache_enabled=False):

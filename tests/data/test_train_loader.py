@@ -9,7 +9,7 @@ import torch
 
 from dsg.model.data.coco import DataError, read_coco
 from dsg.model.data.dataset import CocoDataset, SampleKey
-from dsg.model.data.loader import TrainBatches, build_eval_loader, build_train_loader
+from dsg.model.data.loader import TrainBatches, build_eval_loader, build_train_loader, repeat_weights
 from dsg.model.data.transforms import Augment, AugmentConfig
 
 # Python 3.12 warns of any fork in a process with threads; torch's own are idle there.
@@ -200,3 +200,36 @@ def test_keys_are_what_the_dataset_takes(dataset):
     assert all(isinstance(key, SampleKey) for key in keys)
     for key, image in zip(keys, images, strict=True):
         assert torch.equal(dataset[key][0], image)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_weights_say_how_often_a_picture_comes_up(grouped):
+    weights = np.array([1.0, 1, 1, 1, 2.5, 4, 1, 1, 1, 1, 1, 0.5])  # they sum to 16: each counts for 12 / 16
+    groups = np.arange(12) % 2 == 0 if grouped else None
+    batches = TrainBatches(12, 4, seed=3, groups=groups, weights=weights)
+    seen = np.zeros(12)
+    for epoch in range(200):
+        keys = [key for k in range(3) for key in batches.batch(3 * epoch + k)]
+        assert len(set(keys)) == 12  # one that comes up again is varied anew
+        times = np.bincount([key.picture for key in keys], minlength=12)
+        assert (np.abs(times - weights * 0.75) < 1).all()
+        seen += times
+    assert seen / 200 == pytest.approx(weights * 0.75, abs=0.12)
+
+
+def test_equal_weights_show_each_picture_once():
+    batches = TrainBatches(10, 5, seed=1, weights=np.full(10, 3.0))
+    assert sorted(key.picture for k in range(2) for key in batches.batch(k)) == list(range(10))
+
+
+def test_rare_classes_ask_for_their_pictures(make_coco, square):
+    # 8 pictures: class 1 on all but the last, class 2 on two of them, class 3 on one as a crowd
+    annotations = [{"image_id": i + 1, "category_id": 1, "segmentation": [square(1, 2, 7)]} for i in range(7)]
+    annotations += [{"image_id": i, "category_id": 2, "segmentation": [square(1, 2, 7)]} for i in (1, 2)]
+    annotations += [{"image_id": 3, "category_id": 3, "iscrowd": 1, "segmentation": [square(1, 2, 7)]}]
+    data = read_coco(make_coco([(16, 16)] * 8, annotations, categories=[{"id": i, "name": str(i)} for i in (1, 2, 3)]))
+    assert repeat_weights(data, 0.5).tolist() == [2**0.5, 2**0.5, 1, 1, 1, 1, 1, 1]
+    assert repeat_weights(data, 0.2).tolist() == [1] * 8
+    found = build_train_loader(CocoDataset(data), 4, seed=0, workers=0, repeat_below=0.5).batches
+    drawn = Counter(key.picture for k in range(200) for key in found.batch(k))
+    assert drawn[0] / drawn[5] == pytest.approx(2**0.5, rel=0.15)

@@ -1,5 +1,7 @@
 """The network as a whole, small: what it does with odd input, and the wiring of the paper's parts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -266,6 +268,49 @@ def test_mask_targets_by_hand():
     assert (crops[1] == 1).all()
     # without the half pixel, samples lie between pixels: the second cell's last column is half covered
     assert crop_masks(targets, samples, rows, 4, aligned=False)[0, 0].tolist() == [0, 0.25, 1, 1]
+
+
+def test_mask_targets_of_pictures_of_several_sizes():
+    """Each RoI is held against the masks of its own picture, in whatever order the sizes come."""
+    sizes, counts = [(8, 8), (12, 6), (8, 8), (6, 10)], [2, 1, 0, 3]
+    torch.manual_seed(0)
+    masks = [(torch.rand(n, *size) > 0.5).to(torch.uint8) for n, size in zip(counts, sizes, strict=True)]
+    boxes = torch.zeros(4, 3, 4)
+    targets = Targets(
+        boxes, torch.ones(4, 3).long(), boxes.sum(2) > 0, torch.ones(4, 3) > 0, torch.zeros(4, 0, 4), masks
+    )
+    owners = [(3, 2), (0, 1), (1, 0), (3, 0), (0, 0), (0, 1)]
+    rois = torch.tensor([[float(image), 0, 0, 5, 4] for image, _ in owners])
+    samples = RoISamples(rois, torch.tensor([place for _, place in owners]), torch.ones(6).long())
+    crops = crop_masks(targets, samples, torch.arange(6), 3, aligned=True)
+    for (image, place), roi, crop in zip(owners, rois, crops, strict=True):
+        alone = replace(targets, masks=[masks[image][place : place + 1]])
+        one = RoISamples(torch.cat([torch.zeros(1), roi[1:]])[None], torch.zeros(1).long(), torch.ones(1).long())
+        assert torch.equal(crop, crop_masks(alone, one, torch.zeros(1).long(), 3, aligned=True)[0])
+
+
+def test_one_mask_for_all_classes_is_a_mask_of_each_class_that_is_the_same():
+    shared = confident(small(mask_per_class=False, max_detections=60))
+    each = small(max_detections=60).eval()
+    weights = shared.state_dict()
+    assert weights["mask_head.predictor.weight"].shape[0] == 1
+    for name in ("mask_head.predictor.weight", "mask_head.predictor.bias"):
+        weights[name] = weights[name].expand(4, *weights[name].shape[1:])
+    each.load_state_dict(weights)
+    picture = torch.rand(3, 64, 96)
+    with torch.no_grad():
+        (left,), (right,) = shared([picture]), each([picture])
+        padded = shared.infer(*stack_images([picture]))
+    assert len(left) > 3 and len(set(left.labels.tolist())) > 1
+    torch.testing.assert_close(left.mask_probs, right.mask_probs)
+    torch.testing.assert_close(padded.mask_probs[0, : len(left)], left.mask_probs)
+    losses = []
+    for model in (shared.train(), each.train()):
+        torch.manual_seed(1)
+        losses.append(model([picture], [target()]))
+        sum(losses[-1].values()).backward()
+        assert gradients_or_zeros(model) == []
+    assert losses[0]["loss_mask"].item() == pytest.approx(losses[1]["loss_mask"].item(), rel=1e-5)
 
 
 def test_half_precision_keeps_boxes_and_scores_in_float32():

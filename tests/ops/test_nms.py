@@ -78,14 +78,20 @@ def test_kernel_and_plain_pytorch_agree(seed: int, count: int, groups: int, thre
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
 def test_nothing_in_nothing_out(shape: tuple[int, int]) -> None:
-    keep = batched_nms(torch.zeros(*shape, 4), torch.zeros(shape), torch.zeros(shape).long(), torch.ones(shape) > 0, 0.5)
+    keep = batched_nms(
+        torch.zeros(*shape, 4), torch.zeros(shape), torch.zeros(shape).long(), torch.ones(shape) > 0, 0.5
+    )
     assert keep.shape == shape
 
 
 def test_rows_that_are_not_valid_may_hold_anything() -> None:
     boxes = torch.tensor([[[0.0, 0, 10, 10], [torch.nan] * 4, [-torch.inf, 0, torch.inf, 10]]])
     keep = batched_nms(
-        boxes, torch.tensor([[0.5, torch.nan, 0.9]]), torch.zeros(1, 3).long(), torch.tensor([[True, False, False]]), 0.1
+        boxes,
+        torch.tensor([[0.5, torch.nan, 0.9]]),
+        torch.zeros(1, 3).long(),
+        torch.tensor([[True, False, False]]),
+        0.1,
     )
     assert keep.tolist() == [[True, False, False]]
 
@@ -129,7 +135,9 @@ def test_the_kernel_refuses_what_it_cannot_read(place: int, value: Tensor, messa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("batch", "count", "groups"), [(16, 3000, 5), (2, 4096, 80), (3, 64, 1), (1, 1, 1), (2, 700, 1)])
+@pytest.mark.parametrize(
+    ("batch", "count", "groups"), [(16, 3000, 5), (2, 4096, 80), (3, 64, 1), (1, 1, 1), (2, 700, 1)]
+)
 def test_cuda_equals_cpu(batch: int, count: int, groups: int, dtype: torch.dtype) -> None:
     given_ = crowd(batch + count, batch, count, groups, dtype)
     wanted = batched_nms(*given_, 0.5)

@@ -20,7 +20,16 @@ def test_every_shipped_recipe_loads(name):
 
 
 def test_shipped_names():
-    assert recipes() == ["coco_lite0", "fast", "nuclei_lite0", "paper_1x", "paper_20e", "paper_2x"]
+    assert recipes() == [
+        "coco_lite0",
+        "compare_nuclei",
+        "compare_organoids",
+        "fast",
+        "nuclei_lite0",
+        "paper_1x",
+        "paper_20e",
+        "paper_2x",
+    ]
 
 
 def test_paper_recipes_hold_the_papers_numbers():
@@ -79,6 +88,7 @@ def test_settings_are_typed():
         ("optimizer=sgd", r"unknown key optimizer|it is a section"),
         ("augment.short_sides=640", r"augment.short_sides is 640; it must be a list"),
         ("augment.scale_range=[1]", r"augment.scale_range is \[1\]; it must be a list of 2"),
+        ("batch.repeat_below=3.0", r"batch.repeat_below is 3.0; it is a share of the pictures, 0 to 1"),
         ("batch.accumulate=3", r"batch.images = 8 is no multiple of batch.accumulate = 3"),
         ("model=dsg_r50", r"unknown preset 'dsg_r50'"),
         ("overrides.mrpn=false", r"need mrpn=True"),
