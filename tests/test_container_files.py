@@ -43,11 +43,7 @@ def test_both_builds_install_the_same_but_kernels_and_torch() -> None:
 
 def test_the_build_context_holds_what_is_copied() -> None:
     copied = {word for line in stages()["source"] for word in line.split()[1:-1]}
-    kept = {
-        line.removeprefix("!")
-        for line in (ROOT / ".dockerignore").read_text().splitlines()
-        if line[:1] == "!"
-    }
+    kept = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
     assert copied == kept
     assert all((ROOT / name).exists() for name in copied)
 

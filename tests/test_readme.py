@@ -58,9 +58,7 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("number", range(len(PYTHON_BLOCKS)))
 def test_python_runs(number: int, stand_ins: str) -> None:
     source = (
-        PYTHON_BLOCKS[number]
-        .replace("dsg_lite0_coco", stand_ins)
-        .replace("score_threshold=0.3", "score_threshold=0")
+        PYTHON_BLOCKS[number].replace("dsg_lite0_coco", stand_ins).replace("score_threshold=0.3", "score_threshold=0")
     )
     names: dict = {}
     exec(compile(source, f"README.md, Python block {number}", "exec"), names)

@@ -43,7 +43,7 @@ class TrainLoop:
 
     Args:
         state: network, optimiser and counts, on `device`; changed in place.
-        batches: this process's part of each step's images, from step `state.iteration` on, without end.
+        batches: this process's part of each step's images, from step `state.iteration` on, without end; on `device`.
         schedule: length and learning rates.
         recipe: everything else.
         hooks: validation and checkpoints.
@@ -154,8 +154,6 @@ class TrainLoop:
     def _next_parts(self, parts: int) -> Iterator[Batch]:
         """The next step's images in `parts` equal lists: float [3, h, w] in 0..1, with their targets, on the
         device.
-
-        Pictures travel as bytes.
         """
         started = time.monotonic()
         images, targets = next(self.batches)
@@ -163,11 +161,7 @@ class TrainLoop:
         size = len(images) // parts
         for first in range(0, len(images), size):
             chosen = slice(first, first + size)
-            moved = [to_dtype(self._moved(image), torch.float32, scale=True) for image in images[chosen]]
-            yield moved, [{k: self._moved(v) for k, v in target.items()} for target in targets[chosen]]
-
-    def _moved(self, value: Any) -> Any:
-        return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            yield [to_dtype(image, torch.float32, scale=True) for image in images[chosen]], targets[chosen]
 
     def _validate(self) -> None:
         """Measures the shipped weights, and keeps them if they are the best so far."""

@@ -123,7 +123,7 @@ def train(
             if ranks.is_main and not val and not resume:
                 write_held_out(out / "held_out.json", val_set)
             hooks = Hooks(validation, keep_best, keep_last)
-            reason = TrainLoop(state, loader, schedule, recipe, hooks, log, device=chosen, ranks=ranks).run()
+            reason = TrainLoop(state, loader.on(chosen), schedule, recipe, hooks, log, device=chosen, ranks=ranks).run()
             result = best if state.best_ap >= 0 else last
             log.say(f"{reason}: {state.iteration} of {schedule.iterations} iterations, {result}")
     return result

@@ -9,7 +9,7 @@ import torch
 
 from dsg.model.data.coco import DataError, read_coco
 from dsg.model.data.dataset import CocoDataset, SampleKey
-from dsg.model.data.loader import TrainBatches, build_eval_loader, build_train_loader, repeat_weights
+from dsg.model.data.loader import PackedBatch, TrainBatches, build_eval_loader, build_train_loader, repeat_weights
 from dsg.model.data.transforms import Augment, AugmentConfig
 
 # Python 3.12 warns of any fork in a process with threads; torch's own are idle there.
@@ -233,3 +233,15 @@ def test_rare_classes_ask_for_their_pictures(make_coco, square):
     found = build_train_loader(CocoDataset(data), 4, seed=0, workers=0, repeat_below=0.5).batches
     drawn = Counter(key.picture for k in range(200) for key in found.batch(k))
     assert drawn[0] / drawn[5] == pytest.approx(2**0.5, rel=0.15)
+
+
+def test_packing_changes_nothing_and_moves_with_few_copies(dataset):
+    keys = [SampleKey(index) for index in range(5)]
+    images, targets = [dataset[key][0] for key in keys], [dataset[key][1] for key in keys]
+    packed = PackedBatch((images, targets))
+    for batch in (packed.unpack(), packed.to(torch.device("cpu")).unpack()):
+        assert content(batch) == content((images, targets))
+    assert [target["image_id"] for target in packed.unpack()[1]] == [target["image_id"] for target in targets]
+    storages = {tensor.untyped_storage().data_ptr() for target in packed.unpack()[1] for tensor in target.values()
+                if isinstance(tensor, torch.Tensor) and tensor.numel()}  # fmt: skip
+    assert len(storages) == 4  # float32, int64, uint8, bool

@@ -77,9 +77,7 @@ def test_no_detections():
 
 def test_to_moves_every_tensor():
     moved = detections().to("meta")
-    assert {tensor.device.type for tensor in (moved.boxes, moved.scores, moved.labels, moved.mask_probs)} == {
-        "meta"
-    }
+    assert {tensor.device.type for tensor in (moved.boxes, moved.scores, moved.labels, moved.mask_probs)} == {"meta"}
     assert moved.image_size == (30, 40)
 
 

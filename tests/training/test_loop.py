@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from dsg.model.data.loader import PackedBatch
 from dsg.model.training.checkpoint import TrainState, load_state, save_state
 from dsg.model.training.config import BatchConfig, OptimizerConfig, RunConfig, ValidationConfig
 from dsg.model.training.distributed import Ranks
@@ -356,7 +357,8 @@ def test_on_a_gpu(precision, tmp_path, tiny_detector, batches, tiny_recipe):
     hooks = Hooks(lambda model: {"AP": 0.0}, lambda model, metrics: None, lambda: None)
     before = all_parameters(model)
     with TrainingLog(tmp_path, 0, 6) as log:
-        loop = TrainLoop(state, batches(0, 4), schedule, recipe, hooks, log, device=device, ranks=Ranks())
+        moved = (PackedBatch(batch).to(device).unpack() for batch in batches(0, 4))
+        loop = TrainLoop(state, moved, schedule, recipe, hooks, log, device=device, ranks=Ranks())
         assert loop.run() == "finished"
     after = all_parameters(model)
     assert after.isfinite().all() and not torch.equal(before, after)
