@@ -35,6 +35,8 @@ def capture(model: torch.nn.Module, images: int, side: int, precision: torch.dty
         batch = torch.zeros(images, 3, height, width, device=device)
         levels = [level.detach().requires_grad_() for level in model.backbone(batch)]
         torch.cuda.make_graphed_callables(
-            (model.backbone, model.rpn_head), ((batch,), (levels,)), allow_unused_input=True
+            (model.backbone, model.rpn_head),
+            ((batch,), (levels,)),  # type: ignore[arg-type]  # lists of tensors are taken, too
+            allow_unused_input=True,
         )
     return True
