@@ -16,7 +16,7 @@ import numpy as np
 from faster_coco_eval.core import mask as coco_mask
 from numpy.typing import NDArray
 
-from dsg.model.network.checkpoint import JUST_ABOVE_ONE, CheckpointInfo
+from dsg.model.network.checkpoint import CheckpointInfo
 from dsg.model.training.coco_instances import Instance, read_ground_truth, read_results
 
 _IOU = 0.5
@@ -59,8 +59,9 @@ def class_thresholds(
 
     Returns:
         The threshold of all classes together, and one of each label. Where no score is enough, the float32 just above
-        the best score that was seen; a class without detections gets the threshold of all (just above 1 where there
-        are none at all).
+        the best score that was seen (just above 1 where none was). A class without detections gets the threshold of
+        all; one of which no score is enough never less than that, since a low best score, which a rare class may well
+        have, says nothing about the scores above it.
 
     Raises:
         ValueError: broken truth or results, or numbers out of range.
@@ -75,6 +76,8 @@ def class_thresholds(
     classes = np.array([category_id for category_id, _, _ in counted], dtype=np.int64)  # [n]
     everything = _Curve(scores, right)
     pooled = _lowest(everything.scores, everything.right / everything.found, precision)
+    if pooled is None:
+        pooled = everything.just_above
     by_class = []
     for category_id in category_ids:
         own = np.zeros(len(classes), dtype=bool) if category_id is None else classes == category_id
@@ -83,7 +86,8 @@ def class_thresholds(
             continue
         curve = _Curve(scores[own], right[own])
         overall = everything.share_at(curve.scores)
-        by_class.append(_lowest(curve.scores, (curve.right + support * overall) / (curve.found + support), precision))
+        lowest = _lowest(curve.scores, (curve.right + support * overall) / (curve.found + support), precision)
+        by_class.append(max(curve.just_above, pooled) if lowest is None else lowest)
     return pooled, tuple(by_class)
 
 
@@ -98,20 +102,21 @@ class _Curve:
         self.found = last + 1
         self.right = np.cumsum(right[order])[last]
 
+    @property
+    def just_above(self) -> float:
+        """The float32 above all of these scores; they are float32, and anything nearer would be the best one itself."""
+        best = np.float32(self.scores[0]) if len(self.scores) else np.float32(1)
+        return float(np.nextafter(best, np.float32(np.inf)))
+
     def share_at(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
         """Share of right ones at or above each of these scores, all of which occur here."""
         place = np.searchsorted(-self.scores, -scores)
         return self.right[place] / self.found[place]
 
 
-def _lowest(scores: NDArray[np.float64], shares: NDArray[np.float64], precision: float) -> float:
+def _lowest(scores: NDArray[np.float64], shares: NDArray[np.float64], precision: float) -> float | None:
     enough = scores[shares >= precision - _ROUNDING]
-    if len(enough):
-        return float(enough.min())
-    if not len(scores):
-        return JUST_ABOVE_ONE
-    # A float32, since that is what scores are: anything nearer would be the best score itself.
-    return float(np.nextafter(np.float32(scores.max()), np.float32(np.inf)))
+    return float(enough.min()) if len(enough) else None
 
 
 def _right_and_wrong(

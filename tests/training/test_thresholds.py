@@ -74,8 +74,8 @@ ABOVE_7 = float(np.nextafter(np.float32(0.7), np.float32(1)))
     [
         (0.60, 0.5, 0.5, 0.7),  # B: (0 + 10 * 2/3) / 11 = .606
         (0.61, 0.5, 0.5, ABOVE_7),
-        (0.85, 0.8, 0.5, ABOVE_7),  # A at .5: (4 + 10 * 4/5) / 14 = .857; all at .5: .8
-        (0.86, 0.8, 0.8, ABOVE_7),  # A at .6: (3 + 10 * 3/4) / 13 = .808
+        (0.85, 0.8, 0.5, 0.8),  # A at .5: (4 + 10 * 4/5) / 14 = .857; all at .5: .8; B is not enough, and as all
+        (0.86, 0.8, 0.8, 0.8),  # A at .6: (3 + 10 * 3/4) / 13 = .808
     ],
 )
 def test_two_classes_by_hand(precision, pooled, of_a, of_b):
@@ -84,7 +84,14 @@ def test_two_classes_by_hand(precision, pooled, of_a, of_b):
 
 
 def test_without_smoothing_a_class_is_its_own():
-    assert class_thresholds(*TWO_CLASSES, [A, B], 0.9, support=0) == (0.8, (0.5, ABOVE_7))
+    assert class_thresholds(*TWO_CLASSES, [A, B], 0.9, support=0) == (0.8, (0.5, 0.8))
+    assert class_thresholds(*TWO_CLASSES, [A, B], 0.75, support=0) == (0.5, (0.5, ABOVE_7))
+
+
+def test_a_low_best_score_says_nothing_about_higher_ones():
+    truth, found = world((A, 0.9, "R"), (A, 0.8, "R"), (A, 0.7, "W"), (B, 0.02, "W"))
+    # B's .02 is not enough, and just above it nothing speaks for B
+    assert class_thresholds(truth, found, [A, B], 0.9) == (0.8, (0.8, 0.8))
 
 
 def test_equal_scores_stand_or_fall_together():
@@ -158,9 +165,9 @@ def test_a_description_gets_them_all():
     categories = (Category(B, "b"), Category(A, "a"))
     info = CheckpointInfo("n", "dsg_lite0_fpn", {}, categories, Resize(64, 64), 0.3)
     told = with_class_thresholds(info, *TWO_CLASSES, [B, A], 0.85)
-    assert (told.score_threshold, told.class_thresholds, told.class_precision) == (0.8, (ABOVE_7, 0.5), 0.85)
-    assert told.default_threshold == (ABOVE_7, 0.5) and info.default_threshold == 0.3
-    assert told.threshold_in_words == "0.50 to 0.70 by class (chosen for 85% right ones)"
+    assert (told.score_threshold, told.class_thresholds, told.class_precision) == (0.8, (0.8, 0.5), 0.85)
+    assert told.default_threshold == (0.8, 0.5) and info.default_threshold == 0.3
+    assert told.threshold_in_words == "0.50 to 0.80 by class (chosen for 85% right ones)"
     hopeless = with_class_thresholds(info, *world((A, 1.0, "W")), [B, A], 0.85)
     assert hopeless.score_threshold == 1.0 and hopeless.class_thresholds == (JUST_ABOVE_ONE, JUST_ABOVE_ONE)
 
@@ -205,12 +212,14 @@ def share(rows, score, support=0.0, share_of_all=0.0):
 
 def slow_threshold(rows, everything, precision, support):
     """The definition, word for word."""
+    of_all = JUST_ABOVE_ONE if rows is everything else slow_threshold(everything, everything, precision, 0.0)
     if not rows:
-        return JUST_ABOVE_ONE if not everything else slow_threshold(everything, everything, precision, 0.0)
+        return of_all
     for score in sorted({score for score, _ in rows}):
         if share(rows, score, support, share(everything, score)) >= precision - 1e-9:
             return score
-    return float(np.nextafter(np.float32(max(score for score, _ in rows)), np.float32(2)))
+    above = float(np.nextafter(np.float32(max(score for score, _ in rows)), np.float32(2)))
+    return above if rows is everything else max(above, of_all)
 
 
 @settings(max_examples=150, deadline=None)
