@@ -3,12 +3,15 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsg.cli.loading import DeviceOption, load_predictor
 from dsg.cli.progress import progress
+
+if TYPE_CHECKING:
+    from dsg.model.network.checkpoint import CheckpointInfo
 
 
 def evaluate(
@@ -34,6 +37,15 @@ def evaluate(
         bool,
         typer.Option("--huddled", help="Also AP of the pictures whose objects overlap (the paper's Table 4)."),
     ] = False,
+    set_thresholds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="Choose the default score threshold of each class so that this share of the detections is right, and"
+            " write them into the file that --model names.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.", show_default=False)] = None,
     device: DeviceOption = None,
 ) -> None:
@@ -42,6 +54,7 @@ def evaluate(
         raise ValueError("give either --model, which predicts on the pictures, or --predictions, a COCO results file")
     if predictions is not None and images is not None:
         raise ValueError("--images goes with --model; a file of --predictions needs no pictures")
+    info = None if set_thresholds is None else _rewritable(model, set_thresholds)
     from dsg.model.training.evaluation import evaluate_results, format_table, max_objects_in_an_image
 
     if max_detections is None:
@@ -63,6 +76,39 @@ def evaluate(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if info is not None and set_thresholds is not None:
+        _set_thresholds(str(model), info, annotations, results, set_thresholds)
+
+
+def _rewritable(model: str | None, precision: float) -> "CheckpointInfo":
+    """The description of the file whose thresholds are to be set; a mistake ends here, before the first picture."""
+    from dsg.model.network.checkpoint import read_info
+    from dsg.model.network.predictor import shipped_weights
+
+    if model is None:
+        raise ValueError("--set-thresholds goes with --model: it writes into the model's file")
+    if model in shipped_weights():
+        raise ValueError(f"{model} comes with the package and stays as it is: copy its file and give the copy's path")
+    if not 0 < precision <= 1:
+        raise ValueError(f"--set-thresholds is a share of right detections, above 0 and at most 1, not {precision}")
+    return read_info(model)
+
+
+def _set_thresholds(
+    model: str, info: "CheckpointInfo", annotations: Path, results: list[dict[str, Any]], precision: float
+) -> None:
+    """Choose thresholds on these results, and write them into the model's file."""
+    from dsg.model.data.coco import read_coco
+    from dsg.model.network.checkpoint import rewrite_info
+    from dsg.model.training.thresholds import with_class_thresholds
+    from dsg.model.training.validate import matching_ids
+
+    if not results:
+        raise ValueError(f"{model} found nothing in these pictures to choose thresholds on; its file stays as it was")
+    category_ids = matching_ids(info.categories, read_coco(annotations).categories)
+    info = with_class_thresholds(info, annotations, results, category_ids, precision)
+    rewrite_info(model, info)
+    typer.echo(f"\n{model}: lowest score that is shown by default: {info.threshold_in_words}")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
             f"  {weight['name']:<24} {weight['preset']}, {len(weight['classes'])} classes ({names}), "
             f"{weight['bytes'] / 1e6:.1f} MB, up to {weight['max_detections']} detections a picture"
         )
+        typer.echo(f"  {'':<24} lowest score that is shown by default: {weight['threshold_in_words']}")
         typer.echo(f"  {'':<24} licence: {weight['licence']}")
         for key, note in weight["notes"].items():
             if key == "recipe_json":  # a page of numbers; --json has it
@@ -59,6 +60,10 @@ def _weights() -> list[dict[str, Any]]:
                 "name": name,
                 "preset": info.preset,
                 "classes": info.category_names,
+                "threshold_in_words": info.threshold_in_words,
+                "score_threshold": info.score_threshold,
+                "class_thresholds": list(info.class_thresholds),
+                "class_precision": info.class_precision,
                 "max_detections": info.max_detections,
                 "bytes": path.stat().st_size,
                 "licence": info.licence,

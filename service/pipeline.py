@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import Response
 from starlette.types import Receive
 
+from dsg.model.network.detections import lowest_of
 from dsg.service.batching import DeadlinePassed, DeviceStopped, Outcome
 from dsg.service.body import Upload
 from dsg.service.decode import decode_picture
@@ -123,7 +124,8 @@ async def _decode(service: Service, job: Job) -> "list[PreparedImage]":
 async def _detect(service: Service, job: Job, pictures: "list[PreparedImage]") -> list[Outcome]:
     waiting: list[Future[Outcome]] = []
     try:
-        waiting = service.batcher.submit(job.predictor, pictures, job.deadline, job.wanted.score_threshold)
+        lowest = lowest_of(job.wanted.score_threshold)
+        waiting = service.batcher.submit(job.predictor, pictures, job.deadline, lowest)
         return await asyncio.gather(*map(asyncio.wrap_future, waiting))
     except DeadlinePassed:
         raise deadline_passed() from None

@@ -26,7 +26,7 @@ class SegmentQuery(BaseModel):
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="lowest score of an answer, 0 to 1 (default: the model's)",
+        description="lowest score of an answer, 0 to 1 (default: the model's, which may be one of each category)",
     )
     max_detections: int | None = Field(
         None, ge=1, description="most instances a picture (default and cap: the model's)"
@@ -44,7 +44,8 @@ class SegmentQuery(BaseModel):
 class Wanted:
     """What one request gets, every default filled in."""
 
-    score_threshold: float
+    score_threshold: float | tuple[float, ...]
+    """One for all, or one of each label."""
     max_detections: int
     mask_format: MaskFormat
     labels: frozenset[int] | None
@@ -56,7 +57,7 @@ def wanted(query: SegmentQuery, info: "CheckpointInfo") -> Wanted:
     if query.max_detections is not None and query.max_detections > info.max_detections:
         detail = f"max_detections {query.max_detections} is above this model's {info.max_detections}"
         raise Problem(422, "wrong_parameter", detail)
-    threshold = info.score_threshold if query.score_threshold is None else query.score_threshold
+    threshold = info.default_threshold if query.score_threshold is None else query.score_threshold
     return Wanted(threshold, query.max_detections or info.max_detections, query.mask_format, _labels(query, info))
 
 

@@ -152,6 +152,8 @@ async def models(service: CurrentService) -> dict[str, list[dict[str, Any]]]:
                 "hash": info.hash,
                 "licence": info.licence,
                 "score_threshold": info.score_threshold,
+                "class_thresholds": list(info.class_thresholds),
+                "class_precision": info.class_precision,
                 "max_detections": info.max_detections,
                 "categories": [{"id": category.id, "name": category.name} for category in info.categories],
             }

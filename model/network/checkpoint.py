@@ -23,6 +23,8 @@ from dsg.model.network.detector import Detector
 from dsg.model.network.presets import preset_config
 
 _KEY = "dsg"
+JUST_ABOVE_ONE = 1.0 + 2.0**-23
+"""The float32 after 1: a threshold that no score reaches."""
 
 
 class CheckpointError(ValueError):
@@ -70,11 +72,16 @@ class CheckpointInfo:
     """Label l is categories[l - 1]."""
     resize: Resize
     score_threshold: float
-    """Default of `predict` and `/segment`, 0..1."""
+    """Default of `predict` and `/segment` for all classes where `class_thresholds` is empty, 0..1."""
     eval_score_threshold: float = 0.001
     """What evaluation uses (paper, section 4.1), 0..1."""
     max_detections: int = 100
     """Default and cap of detections a picture."""
+    class_thresholds: tuple[float, ...] = ()
+    """Default of `predict` and `/segment` for labels 1, 2, ...: 0..1, or just above 1 for a class that is not shown
+    unless asked for. Empty: `score_threshold` for all."""
+    class_precision: float = 0.0
+    """Share of right detections that `class_thresholds` were chosen for, 0..1; 0 where nothing was chosen."""
     licence: str = ""
     """Of the weights, with what their training data demands."""
     version: str = ""
@@ -83,6 +90,31 @@ class CheckpointInfo:
     """SHA-256 over names, types, shapes and bytes of the tensors."""
     notes: dict[str, str] = field(default_factory=dict)
     """Free text: data, recipe, iterations, AP."""
+
+    def __post_init__(self) -> None:
+        if self.class_thresholds and len(self.class_thresholds) != len(self.categories):
+            raise ValueError(
+                f"class_thresholds must be one for each of {len(self.categories)} categories,"
+                f" got {len(self.class_thresholds)}"
+            )
+        for value in self.class_thresholds:
+            if not _is_between(value, JUST_ABOVE_ONE):
+                raise ValueError(f"class_thresholds must be numbers in 0..1, got {value!r}")
+        if not _is_between(self.class_precision, 1.0):
+            raise ValueError(f"class_precision must be a number in 0..1, got {self.class_precision!r}")
+
+    @property
+    def default_threshold(self) -> float | tuple[float, ...]:
+        """Lowest score that is shown where nothing else is asked for: one for all classes, or one of each label."""
+        return self.class_thresholds or self.score_threshold
+
+    @property
+    def threshold_in_words(self) -> str:
+        """The default threshold for people, such as "0.4" or "0.31 to 0.72 by class (chosen for 80% right ones)"."""
+        if not self.class_thresholds:
+            return f"{self.score_threshold:g}"
+        lowest, highest = min(self.class_thresholds), max(self.class_thresholds)
+        return f"{lowest:.2f} to {highest:.2f} by class (chosen for {self.class_precision:.0%} right ones)"
 
     @property
     def category_ids(self) -> list[int]:
@@ -104,6 +136,7 @@ class CheckpointInfo:
         document = json.loads(text)
         document["categories"] = tuple(Category(**category) for category in document["categories"])
         document["resize"] = Resize(**document["resize"])
+        document["class_thresholds"] = tuple(document.get("class_thresholds", ()))  # older files have none
         return cls(**document)
 
 
@@ -164,6 +197,29 @@ def read_info(path: str | os.PathLike[str]) -> CheckpointInfo:
         ) from None
 
 
+def rewrite_info(path: str | os.PathLike[str], info: CheckpointInfo) -> None:
+    """Give a checkpoint another description of the same tensors, in one step; other metadata of the file stays.
+
+    Args:
+        path: a checkpoint; where it is a link, what it points to is rewritten.
+        info: with the hash that `read_info` gave.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: not a checkpoint, or its tensors are not those that `info.hash` says.
+        OSError: the file cannot be written; it stays as it was.
+    """
+    path = Path(path).resolve()
+    read_info(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if hash_tensors(tensors) != info.hash:
+        raise CheckpointError(f"{path}: its tensors do not have the hash that its description says; get the file again")
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={**metadata, _KEY: info.to_json()})
+
+
 def load_checkpoint(
     path: str | os.PathLike[str], device: torch.device | str | None = None
 ) -> tuple[Detector, CheckpointInfo]:
@@ -197,6 +253,10 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _is_between(value: object, highest: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= highest
 
 
 def _to_half(name: str, tensor: Tensor) -> Tensor:

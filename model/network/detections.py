@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def lowest_of(score_threshold: float | Sequence[float]) -> float:
+    """The lowest score that any class's threshold lets through, for `Predictor.detect`; at most 1."""
+    return min(1.0, *score_threshold) if isinstance(score_threshold, Sequence) else score_threshold
+
+
 @dataclass(frozen=True, eq=False)
 class Detections:
     """The detections of one picture, best first.
@@ -100,11 +105,27 @@ class Detections:
             for (x1, y1, x2, y2), score, label, segmentation in rows
         ]
 
-    def select(self, score_threshold: float, max_detections: int) -> Detections:
-        """The first `max_detections` (0 or more) of those that score at least `score_threshold`, in order."""
+    def select(self, score_threshold: float | Sequence[float], max_detections: int) -> Detections:
+        """The first of those that score high enough, in order.
+
+        Args:
+            score_threshold: lowest score that stays; one for all, or one of each label: `score_threshold[label - 1]`.
+            max_detections: most that stay, 0 or more.
+
+        Raises:
+            ValueError: a label that has no threshold, or max_detections below 0.
+        """
         if max_detections < 0:
             raise ValueError(f"max_detections must be at least 0, not {max_detections}")
-        rows = (self.scores >= score_threshold).nonzero()[:max_detections, 0]  # [k]
+        least: Tensor | float
+        if isinstance(score_threshold, Sequence):
+            highest = int(self.labels.max()) if len(self) else 0
+            if highest > len(score_threshold):
+                raise ValueError(f"detections: label {highest} has no threshold, there are {len(score_threshold)}")
+            least = self.scores.new_tensor(score_threshold)[self.labels - 1]  # [n]
+        else:
+            least = score_threshold
+        rows = (self.scores >= least).nonzero()[:max_detections, 0]  # [k]
         return Detections(
             self.boxes[rows], self.scores[rows], self.labels[rows], self.mask_probs[rows], self.image_size
         )

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dsg.model.network.batch import padded_size
 from dsg.model.network.checkpoint import CheckpointInfo, Resize, load_checkpoint
-from dsg.model.network.detections import Detections
+from dsg.model.network.detections import Detections, lowest_of
 from dsg.model.network.detector import Detector
 from dsg.model.network.pixels import image_tensor
 
@@ -65,7 +65,7 @@ class Predictor:
         Args:
             images: an iterable of paths, PIL pictures, uint8 arrays [H, W, 3] RGB, or tensors [3, H, W] (uint8, or
                 float in 0..1), in any mix of sizes.
-            score_threshold: 0..1; None is the checkpoint's own.
+            score_threshold: 0..1 for all classes; None is the checkpoint's own, which may be one of each class.
             max_detections: 1 up to the checkpoint's cap; None is the cap.
 
         Returns:
@@ -90,13 +90,20 @@ class Predictor:
             found |= self._run_bucket(bucket, threshold, most)
         return [found[number] for number in sorted(found)]
 
-    def limits(self, score_threshold: float | None, max_detections: int | None) -> tuple[float, int]:
-        """What is asked for, or the checkpoint's own; ValueError where it is out of range."""
-        threshold = self.info.score_threshold if score_threshold is None else score_threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-            raise TypeError(f"score_threshold must be a number in 0..1, got {threshold!r}")
-        if not 0.0 <= threshold <= 1.0:
-            raise ValueError(f"score_threshold must be in 0..1, got {threshold}")
+    def limits(
+        self, score_threshold: float | None, max_detections: int | None
+    ) -> tuple[float | tuple[float, ...], int]:
+        """What is asked for, or the checkpoint's own, as `Detections.select` takes it.
+
+        Raises:
+            TypeError, ValueError: what is asked for is no number, or out of range.
+        """
+        if score_threshold is not None:
+            if isinstance(score_threshold, bool) or not isinstance(score_threshold, int | float):
+                raise TypeError(f"score_threshold must be a number in 0..1, got {score_threshold!r}")
+            if not 0.0 <= score_threshold <= 1.0:
+                raise ValueError(f"score_threshold must be in 0..1, got {score_threshold}")
+        threshold = self.info.default_threshold if score_threshold is None else score_threshold
         most = self.info.max_detections if max_detections is None else max_detections
         if isinstance(most, bool) or not isinstance(most, int):
             raise TypeError(f"max_detections must be a whole number, got {most!r}")
@@ -130,11 +137,11 @@ class Predictor:
         return [_to_original(found, item) for found, item in zip(results, prepared, strict=True)]
 
     def _run_bucket(
-        self, bucket: list[tuple[int, PreparedImage]], threshold: float, most: int
+        self, bucket: list[tuple[int, PreparedImage]], threshold: float | tuple[float, ...], most: int
     ) -> dict[int, Detections]:
         if not bucket:
             return {}
-        results = self.detect([prepared for _, prepared in bucket], threshold)
+        results = self.detect([prepared for _, prepared in bucket], lowest_of(threshold))
         return {number: found.select(threshold, most) for (number, _), found in zip(bucket, results, strict=True)}
 
     def _on_device(self, pixels: Tensor) -> Tensor:

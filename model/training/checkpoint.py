@@ -29,6 +29,7 @@ _FREE = (
     "batch.workers",
     "batch.cache_images",
     "predict.score_threshold",
+    "predict.precision",
 )
 _MISSING = "nothing"
 

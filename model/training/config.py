@@ -153,7 +153,10 @@ class PredictConfig:
     long_side: int = 1333
     """Pixels: limit of the long side."""
     score_threshold: float = 0.5
-    """Lowest score that `predict` and the service show by default, 0 to 1."""
+    """Lowest score that `predict` and the service show by default, 0 to 1; without effect where `precision` is set."""
+    precision: float = 0.0
+    """Share of the shown detections that should be right, 0 to 1: the default threshold of each class is chosen for
+    it on the validation results. 0: `score_threshold` for all."""
     eval_score_threshold: float = 0.001
     """Lowest score that counts in AP; the paper's."""
     max_detections: int = 100
@@ -169,6 +172,8 @@ class PredictConfig:
         for name in ("score_threshold", "eval_score_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"predict.{name} is {getattr(self, name)}; a score lies in 0 to 1")
+        if not 0 <= self.precision <= 1:
+            raise ValueError(f"predict.precision is {self.precision}; it is a share of detections, 0 (off) to 1")
 
 
 @dataclass(frozen=True)

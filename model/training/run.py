@@ -106,12 +106,17 @@ def train(
             batch=recipe.validation.batch,
             threads=max(1, workers),
             max_detections=recipe.validation.max_detections,
+            precision=recipe.predict.precision,
         )
         best, last = out / "best.safetensors", out / "last"
 
         def keep_best(network: nn.Module, metrics: Metrics) -> None:
             if ranks.is_main:
-                save_best(best, network, info, iteration=state.iteration, metrics=metrics, half=recipe.run.half)
+                if recipe.predict.precision:
+                    log.say(f"lowest score that is shown by default: {validation.info.threshold_in_words}")
+                save_best(
+                    best, network, validation.info, iteration=state.iteration, metrics=metrics, half=recipe.run.half
+                )
 
         def keep_last() -> None:
             if ranks.is_main:

@@ -19,6 +19,7 @@ from dsg.model.network.checkpoint import Category, CheckpointInfo
 from dsg.model.network.predictor import Predictor, PreparedImage
 from dsg.model.training import distributed
 from dsg.model.training.evaluation import evaluate_results
+from dsg.model.training.thresholds import with_class_thresholds
 
 Results = list[dict[str, Any]]  # COCO results: image_id, category_id, bbox, score, segmentation
 
@@ -131,6 +132,7 @@ class Validation:
         batch, threads: as in `results_of`.
         max_detections: detections of a picture that count; 0: the larger of 100 and the fullest picture's
             objects.
+        precision: that the thresholds of the classes are chosen for, 0 to 1; 0: they are not chosen.
 
     Raises:
         ValueError: network and data have no category name in common.
@@ -145,12 +147,15 @@ class Validation:
         batch: int,
         threads: int,
         max_detections: int,
+        precision: float = 0.0,
     ) -> None:
         self.data = data
         objects = (sum(not one.iscrowd for one in record.annotations) for record in data.records)
         self.fullest = max(objects, default=0)
         self.max_detections = max_detections or max(100, self.fullest)
-        self._info = info
+        self.info = info
+        """Of the network, with the thresholds that the last validation chose (on the first process alone)."""
+        self._precision = precision
         self._category_ids = matching_ids(info.categories, data.categories)
         self._truth = ground_truth(data)
         self._ranks = ranks
@@ -165,11 +170,11 @@ class Validation:
             model: in eval mode.
         """
         part = results_of(
-            Predictor(model, self._info),  # type: ignore[arg-type]  # a recipe's own network will do, too
+            Predictor(model, self.info),  # type: ignore[arg-type]  # a recipe's own network will do, too
             distributed.share_of(self.data.records, self._ranks),
             self._category_ids,
-            score_threshold=self._info.eval_score_threshold,
-            max_detections=min(self.max_detections, self._info.max_detections),
+            score_threshold=self.info.eval_score_threshold,
+            max_detections=min(self.max_detections, self.info.max_detections),
             batch=self._batch,
             threads=self._threads,
         )
@@ -179,6 +184,8 @@ class Validation:
 
     def _evaluate(self, results: Results) -> dict[str, float]:
         evaluation = evaluate_results(self._truth, results, self.max_detections)
+        if self._precision:
+            self.info = with_class_thresholds(self.info, self._truth, results, self._category_ids, self._precision)
         metrics: dict[str, float] = {}
         for kind, found in (("segm", evaluation.segm or {}), ("bbox", evaluation.bbox)):
             for name in ("AP", "AP50"):

@@ -79,9 +79,12 @@ def test_models_lists_presets_and_weights(command: Callable) -> None:
     assert parameters["mask_rcnn_r50_fpn"] == 44_347_573
     assert parameters["dsg_r50_fpn"] == 48_150_710
     assert parameters["dsg_lite0_fpn"] <= 12_000_000
+    for weight in listed["weights"]:
+        assert 0 <= weight["score_threshold"] <= 1 and 0 <= weight["class_precision"] <= 1
+        assert len(weight["class_thresholds"]) in (0, len(weight["classes"]))
     text = command("models")
     assert text.code == 0
-    assert all(weight["name"] in text.out for weight in listed["weights"])
+    assert all(weight["name"] in text.out and weight["threshold_in_words"] in text.out for weight in listed["weights"])
 
 
 def test_one_default_model() -> None:

@@ -1,10 +1,14 @@
 """`dsg eval` and `dsg data check` on a small COCO file."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from dsg.model.network.checkpoint import read_info
 
 METRICS = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "ARmax"}
 
@@ -64,6 +68,47 @@ def test_a_model_and_huddled(command: Callable, annotations: Path, checkpoint: P
     assert document["max_detections"] == 7
     assert 0 <= document["segm"]["AP"] <= 1
     assert len(document["huddled"]) == 1 + 6 * 6 and document["huddled"][0]["images"] == 3
+
+
+def test_thresholds_are_set_in_the_file(
+    command: Callable, annotations: Path, checkpoint: Path, photo: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copy(checkpoint, tmp_path / "mine.safetensors"))
+    before = read_info(model)
+    ran = command("eval", "--model", model, "--annotations", annotations, "--set-thresholds", 0.75, "--device", "cpu")
+    assert ran.code == 0, ran.err
+    after = read_info(model)
+    assert f"{model}: lowest score that is shown by default: {after.threshold_in_words}" in ran.out
+    assert len(after.class_thresholds) == 2 and after.class_precision == 0.75
+    assert replace(after, class_thresholds=(), class_precision=0.0, score_threshold=before.score_threshold) == before
+
+    # A network of random weights finds no object: the thresholds lie at the best score seen, up to what the size of a
+    # batch changes in the last digits.
+    out = tmp_path / "out"
+    pictures = sorted((annotations.parent / "images").iterdir())
+    assert command("predict", *pictures, "--model", model, "--out", out, "--score-threshold", 0).code == 0
+    found = json.loads((out / "predictions.json").read_text())
+    assert len(found) == 15
+    best_of_all = max(one["score"] for one in found)
+    assert [*after.class_thresholds, after.score_threshold] == pytest.approx([best_of_all] * 3, abs=1e-5)
+
+    results = tmp_path / "results.json"
+    results.write_text("[]")
+    original = model.read_bytes()
+    truth = ("--annotations", annotations)
+    for arguments, word in [
+        ((*truth, "--predictions", results, "--set-thresholds", 0.5), "goes with --model"),
+        ((*truth, "--model", "dsg_lite0_coco", "--set-thresholds", 0.5), "copy its file"),
+        ((*truth, "--model", model, "--set-thresholds", 0), "above 0 and at most 1, not 0.0"),
+        ((*truth, "--model", model, "--set-thresholds", 1.5), "above 0 and at most 1, not 1.5"),
+        ((*truth, "--model", model, "--set-thresholds", "much"), "--set-thresholds"),
+        ((*truth, "--model", tmp_path / "gone.safetensors", "--set-thresholds", 0.5), "gone.safetensors"),
+        ((*truth, "--model", photo, "--set-thresholds", 0.5), "photo.png"),
+    ]:
+        ran = command("eval", *arguments)
+        assert ran.code == 2, (arguments, ran)
+        assert ran.err.startswith("dsg: error: ") and ran.err.count("\n") == 1 and word in ran.err, ran.err
+    assert model.read_bytes() == original
 
 
 def test_mistakes_of_eval(command: Callable, annotations: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsg.model.network.detections import Detections
+from dsg.model.network.detections import Detections, lowest_of
 from dsg.ops.rle import decode_rle
 
 
@@ -66,6 +66,27 @@ def test_select_keeps_the_order():
     assert len(found.select(0.0, 0)) == 0
     with pytest.raises(ValueError, match="max_detections must be at least 0, not -1"):
         found.select(0.0, -1)
+
+
+def test_select_by_thresholds_of_labels():
+    found = detections(5)  # scores 0.9, 0.7, 0.5, 0.3, 0.1 of labels 1, 2, 1, 2, 1
+    by_label = found.select((0.4, 0.1), 10)
+    assert torch.equal(by_label.scores, found.scores[:4]) and by_label.labels.tolist() == [1, 2, 1, 2]
+    assert found.select((0.95, 0.2), 10).labels.tolist() == [2, 2]
+    assert torch.equal(found.select([0.95, 0.2], 1).scores, found.scores[1:2])  # counted after the threshold
+    exact = found.scores[2].item()
+    assert found.select((exact, 2.0), 10).labels.tolist() == [1, 1]  # a score that equals its threshold stays
+    assert found.select((float(np.nextafter(np.float32(exact), np.float32(1))), 2.0), 10).labels.tolist() == [1]
+    for threshold in (0.0, 0.3, 0.7, 1.0):
+        assert torch.equal(found.select((threshold,) * 3, 4).boxes, found.select(threshold, 4).boxes)
+    with pytest.raises(ValueError, match="label 2 has no threshold, there are 1"):
+        found.select((0.5,), 10)
+    assert len(found.select(1.0, 5).select((), 5)) == 0
+
+
+def test_the_lowest_threshold():
+    assert lowest_of(0.25) == 0.25 and lowest_of((0.5, 0.125, 0.75)) == 0.125
+    assert lowest_of((1.0 + 2**-23,)) == 1.0  # what `Predictor.detect` takes ends at 1
 
 
 def test_no_detections():

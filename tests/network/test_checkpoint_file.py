@@ -3,16 +3,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dsg.model import build
 from dsg.model.network.checkpoint import (
+    JUST_ABOVE_ONE,
     Category,
     CheckpointError,
     CheckpointInfo,
     Resize,
     load_checkpoint,
     read_info,
+    rewrite_info,
     save_checkpoint,
 )
 
@@ -131,3 +134,80 @@ def test_a_model_of_another_preset_is_not_saved(saved, tmp_path):
             tmp_path / "wrong.safetensors", model, replace(INFO, preset="mask_rcnn_lite0_fpn", overrides={})
         )
     assert not (tmp_path / "wrong.safetensors").exists()
+
+
+def test_thresholds_of_classes_are_kept(saved, tmp_path):
+    model, *_ = saved
+    info = replace(INFO, class_thresholds=(0.25, JUST_ABOVE_ONE), class_precision=0.8)
+    save_checkpoint(tmp_path / "chosen.safetensors", model, info)
+    found = read_info(tmp_path / "chosen.safetensors")
+    assert (found.class_thresholds, found.class_precision) == ((0.25, JUST_ABOVE_ONE), 0.8)
+    assert found.default_threshold == (0.25, JUST_ABOVE_ONE)
+    assert found.threshold_in_words == "0.25 to 1.00 by class (chosen for 80% right ones)"
+    assert INFO.default_threshold == 0.4 and INFO.threshold_in_words == "0.4"
+
+
+def test_a_file_from_before_there_were_thresholds_of_classes(saved, tmp_path):
+    _, path, info = saved
+    document = json.loads(info.to_json())
+    del document["class_thresholds"], document["class_precision"]
+    save_file(load_file(path), tmp_path / "old.safetensors", metadata={"dsg": json.dumps(document)})
+    _, found = load_checkpoint(tmp_path / "old.safetensors")
+    assert (found.class_thresholds, found.class_precision, found.default_threshold) == ((), 0.0, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_thresholds": [0.5]}, "must be one for each of 2 categories, got 1"),
+        ({"class_thresholds": [0.5, -0.1]}, r"class_thresholds must be numbers in 0..1, got -0.1"),
+        ({"class_thresholds": [0.5, 1.1]}, r"class_thresholds must be numbers in 0..1, got 1.1"),
+        ({"class_thresholds": [0.5, float("nan")]}, "got nan"),
+        ({"class_thresholds": [True, 0.5]}, "got True"),
+        ({"class_thresholds": "ab"}, "got 'a'"),
+        ({"class_thresholds": 0.5}, "not iterable"),
+        ({"class_precision": 1.5}, r"class_precision must be a number in 0..1, got 1.5"),
+        ({"class_precision": "0.8"}, "got '0.8'"),
+    ],
+)
+def test_wrong_thresholds_of_classes_are_named(saved, tmp_path, change, message):
+    _, path, info = saved
+    document = {**json.loads(info.to_json()), **change}
+    save_file(load_file(path), tmp_path / "wrong.safetensors", metadata={"dsg": json.dumps(document)})
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_info(tmp_path / "wrong.safetensors")
+    assert "wrong.safetensors: its description cannot be read" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_another_description_of_the_same_tensors(saved, tmp_path):
+    _, path, info = saved
+    before = load_file(path)
+    save_file(before, path, metadata={"dsg": info.to_json(), "from elsewhere": "kept"})
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(path)
+    changed = replace(read_info(path), class_thresholds=(0.1, 0.2), class_precision=0.7)
+    rewrite_info(link, changed)
+    assert link.is_symlink() and read_info(path) == changed
+    assert load_checkpoint(path)[1].hash == info.hash
+    after = load_file(path)
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in after)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["from elsewhere"] == "kept"
+
+
+def test_a_description_of_other_tensors_is_not_written(saved, tmp_path, monkeypatch):
+    _, path, info = saved
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="do not have the hash"):
+        rewrite_info(path, replace(info, hash="0" * 64))
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        rewrite_info(tmp_path / "nowhere.safetensors", info)
+
+    def dies(*_):
+        raise OSError("disk is full")
+
+    monkeypatch.setattr("dsg.model.network.atomic.os.replace", dies)
+    with pytest.raises(OSError, match="disk is full"):
+        rewrite_info(path, info)
+    assert path.read_bytes() == before and [one.name for one in path.parent.iterdir()] == [path.name]

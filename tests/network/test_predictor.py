@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,6 +113,25 @@ def test_limits(predictor):
         with pytest.raises(ValueError, match=message):
             predictor.predict([picture], **arguments)
     assert predictor.predict([]) == []
+
+
+def test_thresholds_of_classes_are_the_default(predictor):
+    pictures = [pixels(64, 96), pixels(70, 64, seed=2)]
+    everything = predictor.predict(pictures, score_threshold=0.0)
+    labels = torch.cat([found.labels for found in everything])
+    scores = torch.cat([found.scores for found in everything])
+    assert labels.unique().tolist() == [1, 2, 3]
+    # half of each class, so that each has a threshold of its own
+    chosen = tuple(float(scores[labels == label].median()) for label in (1, 2, 3))
+    info = replace(predictor.info, class_thresholds=chosen, class_precision=0.5)
+    own = Predictor(predictor.model, info)
+    for found, default in zip(everything, own.predict(pictures), strict=True):
+        least = torch.tensor(chosen)[found.labels - 1]
+        assert 0 < len(default) < len(found) and same(default, found.select(chosen, 50))
+        assert torch.equal(default.scores, found.scores[found.scores >= least])
+    for found, asked in zip(everything, own.predict(pictures, score_threshold=0.0), strict=True):
+        assert same(found, asked)  # what is asked for goes before the checkpoint's
+    assert own.limits(None, None) == (chosen, 50) and own.limits(0.2, 3) == (0.2, 3)
 
 
 def test_a_threshold_leaves_out_and_changes_nothing_else(predictor):

@@ -4,11 +4,12 @@ import asyncio
 import socket
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
-from service_fakes import POISON, RELOAD_KEY, FakePredictor, Server, encoded, picture, serving
+from service_fakes import BLUE, CATEGORY_IDS, POISON, RELOAD_KEY, FakePredictor, Server, encoded, picture, serving
 
 GOOD = encoded(picture((20, 10, 60, 40)))
 PNG = {"Content-Type": "image/png"}
@@ -76,6 +77,20 @@ def test_the_network_is_told_the_score_threshold_of_a_request() -> None:
         assert server.post(GOOD).status_code == 200
         # the warm-up takes everything, so that it makes masks
         assert server.predictor.thresholds == [0.0, 0.75, server.predictor.info.score_threshold]
+
+
+def test_thresholds_of_classes_are_the_default_of_a_request() -> None:
+    both = picture((20, 10, 60, 40))  # red scores .9, blue .3
+    both.paste(BLUE, (70, 10, 90, 30))
+    with serving() as server:
+        server.predictor.info = replace(server.predictor.info, class_thresholds=(0.95, 0.5, 0.25), class_precision=0.8)
+        found = server.post(encoded(both)).json()["annotations"]
+        assert [one["category_id"] for one in found] == [CATEGORY_IDS[2]]
+        asked = server.post(encoded(both), params={"score_threshold": 0.5}).json()["annotations"]
+        assert [one["category_id"] for one in asked] == [CATEGORY_IDS[0]]
+        assert server.predictor.thresholds == [0.0, 0.25, 0.5]  # the lowest is what the network is told
+        (model,) = server.client.get("/models").json()["models"]
+        assert (model["class_thresholds"], model["class_precision"]) == ([0.95, 0.5, 0.25], 0.8)
 
 
 def test_a_poisoned_picture_fails_alone() -> None:

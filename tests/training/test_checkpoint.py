@@ -8,7 +8,14 @@ import torch
 
 from dsg.model.training import checkpoint
 from dsg.model.training.checkpoint import TrainState, load_state, save_state, seed_step
-from dsg.model.training.config import BatchConfig, OptimizerConfig, RunConfig, ScheduleConfig, ValidationConfig
+from dsg.model.training.config import (
+    BatchConfig,
+    OptimizerConfig,
+    PredictConfig,
+    RunConfig,
+    ScheduleConfig,
+    ValidationConfig,
+)
 from dsg.model.training.errors import TrainingError
 from dsg.model.training.optim import build_optimizer
 
@@ -88,6 +95,7 @@ def test_what_does_not_decide_what_is_learned_may_change(state, tiny_recipe, tmp
         run=RunConfig(max_seconds=5, log_every=1, precision="fp32"),
         validation=ValidationConfig(every=5),
         schedule=ScheduleConfig(iterations=123),  # a run may go on longer than was planned
+        predict=PredictConfig(precision=0.8, score_threshold=0.3),
     )
     load_state(tmp_path / "last", state, recipe, "digest")
 

@@ -75,6 +75,7 @@ def test_two_pictures_are_learnt(shapes, body, tmp_path, capsys):
         "augment.horizontal_flip=0",
         "ema.decay=0.9",
         "run.log_every=5",
+        "predict.precision=0.9",
     )
     best = train(recipe, [file], out=tmp_path / "shapes_run", val=[file], init=str(body), device="cpu")
     assert best == tmp_path / "shapes_run" / "best.safetensors"
@@ -93,6 +94,9 @@ def test_two_pictures_are_learnt(shapes, body, tmp_path, capsys):
     assert [(category.id, category.name) for category in info.categories] == [(7, "disc"), (3, "bar")]
     assert (info.resize.short_side, info.resize.long_side, info.max_detections) == (96, 96, 100)
     assert "1 of 2 training pictures are under NonCommercial licences" in info.licence
+    assert len(info.class_thresholds) == 2 and info.class_precision == 0.9
+    shown = predictor.predict([file.parent / "images" / f"{n}.png" for n in (1, 2)])
+    assert sum(map(len, shown)) <= 4 / 0.9 and {1, 2} <= set(shown[0].labels.tolist() + shown[1].labels.tolist())
     assert info.notes["iterations"] == "65" and info.notes["started_from"] == "body.safetensors"
     found = predictor.predict([file.parent / "images" / "1.png"], score_threshold=0.3)[0]
     results = found.to_coco(1, info.category_ids)
@@ -103,6 +107,7 @@ def test_two_pictures_are_learnt(shapes, body, tmp_path, capsys):
 
     said = capsys.readouterr().err
     assert "init: backbone from body.safetensors" in said
+    assert f"lowest score that is shown by default: {info.threshold_in_words}" in said
     assert "iteration 10/65  loss" in said and "finished: 65 of 65 iterations" in said
 
 

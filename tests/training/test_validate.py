@@ -224,6 +224,24 @@ def test_the_networks_labels_may_come_in_another_order(boxes_set):
     assert validation(Perfect(boxes_set, wrong=True).eval())["bbox/AP"] == pytest.approx(1.0)
 
 
+def test_thresholds_are_chosen_where_a_precision_is_asked_for(boxes_set):
+    options = {"batch": 2, "threads": 1, "max_detections": 0}
+    info = info_for(boxes_set.categories)
+    without = Validation(boxes_set, info, Ranks(), **options)
+    without(Perfect(boxes_set).eval())
+    assert without.info == info
+    validation = Validation(boxes_set, info, Ranks(), **options, precision=0.8)
+    assert validation.info == info
+    validation(Perfect(boxes_set).eval())
+    # each picture's first object is of class a and scores .9, its second is of b and scores .5; all are right
+    best, second = (np.float32(score).item() for score in (0.9, 0.5))
+    assert validation.info.class_thresholds == (best, second)
+    assert (validation.info.score_threshold, validation.info.class_precision) == (second, 0.8)
+    validation(Perfect(boxes_set, wrong=True).eval())  # what counts is the last validation
+    nothing = float(np.nextafter(np.float32(0.9), np.float32(1)))
+    assert validation.info.class_thresholds == (nothing, nothing)
+
+
 def test_boxes_alone_are_measured_by_boxes(boxes_set):
     bare = dataclasses.replace(
         boxes_set,
