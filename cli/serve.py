@@ -10,6 +10,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; else DSG_HOST.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; else DSG_PORT.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; else DSG_DEVICE.")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="all GPUs ('all') or some ('cuda:0,cuda:1'), with one queue; else DSG_DEVICES.")
+    ] = None,
 ) -> None:
     """Start the server. Every other setting is an environment variable DSG_*; the README lists them."""
     from pydantic import ValidationError
@@ -17,7 +20,7 @@ def serve(
     from dsg.service.run import serve as run_server
     from dsg.service.settings import Settings
 
-    given: dict[str, Any] = {"model": model, "host": host, "port": port, "device": device}
+    given: dict[str, Any] = {"model": model, "host": host, "port": port, "device": device, "devices": devices}
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:

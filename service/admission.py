@@ -1,4 +1,4 @@
-"""How many pictures the service holds at once: accepted, and not answered yet."""
+"""How much the service holds at once: pictures, pixels and bytes that are accepted, and not answered yet."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,39 +10,101 @@ from dsg.service.problems import Problem
 _LONGEST_WAIT_S = 60
 
 
+class Hold:
+    """What one request holds of each bound; made by `Admission.hold`."""
+
+    def __init__(self, check: Callable[[str, int], None], add: Callable[[str, int], None]) -> None:
+        self._check = check
+        self._add = add
+        self._held: dict[str, int] = {}
+
+    def take(self, what: str, count: int) -> None:
+        """Hold so many more `pictures`, `pixels` or `bytes`.
+
+        Raises:
+            Problem: 429, they are not free; 413, one request may not have so many.
+        """
+        self._check(what, count)
+        self._add(what, count)
+        self._held[what] = self._held.get(what, 0) + count
+
+    def give_back(self, *kinds: str) -> None:
+        """Hold no more of these."""
+        for what in kinds:
+            self._add(what, -self._held.pop(what, 0))
+
+
 class Admission:
-    """Places for pictures. All calls come from the event loop, so that counting needs no lock.
+    """Bounds on what is in flight. All calls come from the event loop, so that counting needs no lock.
 
     Args:
-        limit: places.
-        seconds_per_picture: what the device takes for one picture now, as the batcher measures it.
-        metrics: told of the places taken.
+        pictures: most pictures.
+        pixels: most pixels of pictures, as their headers say.
+        max_bytes: most bytes of bodies.
+        seconds_until_free: what the devices take for so many pictures, as measured.
+        seconds_of_queue: what the devices take for all that waits, as measured.
+        metrics: told of what is held and refused.
     """
 
-    def __init__(self, limit: int, seconds_per_picture: Callable[[], float], metrics: Metrics) -> None:
-        self._limit = limit
-        self._seconds_per_picture = seconds_per_picture
+    def __init__(
+        self,
+        *,
+        pictures: int,
+        pixels: int,
+        max_bytes: int,
+        seconds_until_free: Callable[[int], float],
+        seconds_of_queue: Callable[[], float],
+        metrics: Metrics,
+    ) -> None:
+        self._limits = {"pictures": pictures, "pixels": pixels, "bytes": max_bytes}
+        self._held = dict.fromkeys(self._limits, 0)
+        self._gauges = {
+            "pictures": metrics.accepted,
+            "pixels": metrics.pixels_in_flight,
+            "bytes": metrics.bytes_in_flight,
+        }
+        self._seconds_until_free = seconds_until_free
+        self._seconds_of_queue = seconds_of_queue
         self._metrics = metrics
-        self._taken = 0
+
+    def check(self, seconds_left: float) -> None:
+        """Raise the 429 problem where a request should not even send its body.
+
+        Args:
+            seconds_left: until its deadline.
+        """
+        self._check("pictures", 1)
+        queue_s = self._seconds_of_queue()
+        if queue_s > seconds_left:
+            raise self._refuse("deadline", queue_s - seconds_left, "what waits already takes longer than allowed")
 
     @contextmanager
-    def places(self, count: int) -> Iterator[None]:
-        """Hold `count` places for as long as the block runs. Raises what `check` raises."""
-        self.check(count)
-        self._taken += count
-        self._metrics.accepted.set(self._taken)
+    def hold(self) -> Iterator["Hold"]:
+        """What one request takes; all of it is free again when the block ends."""
+        hold = Hold(self._check, self._add)
         try:
-            yield
+            yield hold
         finally:
-            self._taken -= count
-            self._metrics.accepted.set(self._taken)
+            hold.give_back(*self._limits)
 
-    def check(self, count: int = 1) -> None:
-        """Raise the 429 problem, with a `Retry-After`, if `count` places are not free."""
-        over = self._taken + count - self._limit
-        if over <= 0:
+    def _check(self, what: str, count: int) -> None:
+        held, limit = self._held[what], self._limits[what]
+        if held + count <= limit:
             return
-        # Places come free at the pace of the device; whole seconds, as the header wants them.
-        wait_s = min(max(1, math.ceil(over * self._seconds_per_picture())), _LONGEST_WAIT_S)
-        detail = f"{self._limit} pictures are waiting already; try again in {wait_s} s"
-        raise Problem(429, "queue_full", detail, {"Retry-After": str(wait_s)})
+        if count > limit and what == "pixels":
+            detail = f"the pictures of one request have {count} pixels together, more than {limit}; send fewer at once"
+            raise Problem(413, "too_many_pixels", detail)
+        # Places come free at the pace of the devices. A share of the pixels or bytes is that share of the pictures.
+        share = min(1.0, (held + count - limit) / held)
+        wait_s = self._seconds_until_free(max(1, math.ceil(share * self._held["pictures"])))
+        raise self._refuse(what, wait_s, f"{limit} {what} are in work already")
+
+    def _add(self, what: str, count: int) -> None:
+        self._held[what] += count
+        self._gauges[what].set(self._held[what])
+
+    def _refuse(self, why: str, wait_s: float, detail: str) -> Problem:
+        self._metrics.rejected.labels(why).inc()
+        whole_s = min(max(1, math.ceil(wait_s)), _LONGEST_WAIT_S)  # whole seconds, as the header wants them
+        reason = "deadline_unreachable" if why == "deadline" else "queue_full"
+        return Problem(429, reason, f"{detail}; try again in {whole_s} s", {"Retry-After": str(whole_s)})

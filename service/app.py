@@ -3,14 +3,16 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
+from dsg.service import operations, pages, routes
+from dsg.service.devices import LoadPredictor
 from dsg.service.middleware import RequestMiddleware
-from dsg.service.models import LoadPredictor, load_predictor
+from dsg.service.models import load_predictor
+from dsg.service.openapi import describe
 from dsg.service.problems import install_problem_handlers
-from dsg.service.routes import router
 from dsg.service.settings import Settings
 from dsg.service.state import Service
 
@@ -20,11 +22,14 @@ def create_app(settings: Settings, load_predictor: LoadPredictor = load_predicto
 
     Args:
         settings: all numbers and names.
-        load_predictor: (name or path, device or None) -> Predictor; called for each model when the lifespan
-            begins, and for each reload, on a thread of its own.
+        load_predictor: (name or path, device or None) -> Predictor; called for each model and device when the
+            lifespan begins, and for each reload, on a thread or in a process of its own.
 
     Returns:
         an ASGI application. Its lifespan loads and warms the models, and fails with the loader's own error.
+
+    Raises:
+        ValueError: the settings name devices or tracing that are not there.
     """
     service = Service(settings, load_predictor)
 
@@ -42,24 +47,21 @@ def create_app(settings: Settings, load_predictor: LoadPredictor = load_predicto
         description="Instance segmentation: pictures in, COCO instance masks out.",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,
         redoc_url=None,
     )
     app.state.service = service
-    app.include_router(router)
+    for module in (routes, operations, pages):
+        app.include_router(module.router)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id", "X-Timeout-Ms"],
+            expose_headers=["Retry-After", "Server-Timing", "X-Request-Id"],
+        )
     app.add_middleware(RequestMiddleware, service=service)
     install_problem_handlers(app)
-    _describe_key(app)
+    describe(app, needs_key=bool(settings.keys))
     return app
-
-
-def _describe_key(app: FastAPI) -> None:
-    """Tell the OpenAPI document what the reload key is, for the /docs page's Authorize button."""
-    plain = app.openapi
-
-    def described() -> dict[str, Any]:
-        document = plain()
-        schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
-        schemes["reload key"] = {"type": "http", "scheme": "bearer"}
-        return document
-
-    app.openapi = described  # type: ignore[method-assign]

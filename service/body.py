@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,13 @@ class Upload:
     data: bytes
 
 
-async def read_body(request: Request, max_bytes: int, timeout_s: float, deadline: float = math.inf) -> bytes:
+async def read_body(
+    request: Request,
+    max_bytes: int,
+    timeout_s: float,
+    deadline: float = math.inf,
+    taken: Callable[[int], None] = lambda count: None,
+) -> bytes:
     """The whole body.
 
     Args:
@@ -41,43 +48,55 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float, deadline
         max_bytes: cap of its size.
         timeout_s: cap of the time that it may take from now.
         deadline: of the request, on the clock of `time.monotonic`.
+        taken: told how many bytes came each time; may refuse them with a `Problem`.
 
     Raises:
         Problem: 413 more than `max_bytes`, declared or sent; 408 not complete within `timeout_s`, or 504 by
-            `deadline`, whichever comes first; 499 hung up.
+            `deadline`, whichever comes first; 499 hung up; what `taken` raised.
     """
     left_s = max(0.0, deadline - time.monotonic())
     declared = request.headers.get("content-length", "")
-    over = declared.isdigit() and int(declared) > max_bytes
+    too_many = Problem(413, "too_many_bytes", f"the body has more than {max_bytes} bytes", _CLOSE)
+    refusal = too_many if declared.isdigit() and int(declared[:20]) > max_bytes else None
     chunks: list[bytes] = []
     size = 0
     # A client that asks first ("Expect: 100-continue") has not sent anything yet; reading would invite it to.
-    if not (over and "expect" in request.headers):
+    if not (refusal and "expect" in request.headers):
         try:
             async with asyncio.timeout(min(timeout_s, left_s)):
                 async for chunk in request.stream():
                     size += len(chunk)
-                    over = over or size > max_bytes
-                    if not over:
+                    if refusal is None:
+                        refusal = too_many if size > max_bytes else _refusal(taken, len(chunk))
+                    if refusal is None:
                         chunks.append(chunk)
                     elif size > 2 * max_bytes:
                         break
                     else:
                         # Read on for a while and keep nothing: most clients look for an answer only once they
                         # have sent all, and a connection closed before that shows them an error in place of
-                        # the 413.
+                        # the answer.
                         chunks.clear()
         except TimeoutError:
-            if not over and left_s <= timeout_s:
+            if refusal is None and left_s <= timeout_s:
                 raise deadline_passed(_CLOSE) from None
-            if not over:
+            if refusal is None:
                 detail = f"the body did not arrive within {timeout_s:g} s; send it faster, or less of it"
                 raise Problem(408, "slow_sender", detail, _CLOSE) from None
         except ClientDisconnect:
             raise Problem(CLIENT_GONE, "client_gone", "the client hung up while sending") from None
-    if over:
-        raise Problem(413, "too_many_bytes", f"the body has more than {max_bytes} bytes", _CLOSE)
+    if refusal is not None:
+        raise refusal
     return b"".join(chunks)
+
+
+def _refusal(taken: Callable[[int], None], count: int) -> Problem | None:
+    try:
+        taken(count)
+    except Problem as problem:
+        problem.headers |= _CLOSE
+        return problem
+    return None
 
 
 def picture_type(request: Request) -> str:

@@ -25,7 +25,8 @@ _QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
 class RequestMiddleware:
     """Outermost layer of the application.
 
-    Routes may add to the log line through `request.state.log`, a dict.
+    Routes may add to the log line through `request.state.log`, a dict, and say in `request.state.stages` which parts of
+    the request took how many seconds.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -42,6 +43,7 @@ class RequestMiddleware:
         scope.setdefault("state", {})
         scope["state"]["log"] = log
         scope["state"]["started"] = started
+        scope["state"]["stages"] = {}
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -55,6 +57,7 @@ class RequestMiddleware:
             await send(message)
 
         self._service.active += 1
+        self._service.metrics.active.set(self._service.active)
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
@@ -70,6 +73,7 @@ class RequestMiddleware:
                 await problem_response(stopping())(scope, receive, send_with_id)
         finally:
             self._service.active -= 1
+            self._service.metrics.active.set(self._service.active)
             self._record(scope, request_id, status, time.monotonic() - started, log)
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float, log: dict[str, Any]) -> None:
@@ -82,6 +86,15 @@ class RequestMiddleware:
         if "reason" in log:
             metrics.problems.labels(log["reason"]).inc()
         if status >= 400 or scope["path"] not in _QUIET:
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            attributes = {
+                "http.request.method": scope["method"],
+                "http.route": route,
+                "http.response.status_code": status,
+                "request_id": request_id,
+            }
+            stages = scope["state"]["stages"]
+            self._service.tracing.record(headers, f"{method} {route}", seconds, stages, attributes, status >= 500)
             _log.info(
                 "request",
                 request_id=request_id,

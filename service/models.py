@@ -1,26 +1,37 @@
 """The models that one process serves, by name; loading and swapping them."""
 
+import itertools
 import re
 import threading
+import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from dsg.service.devices import Device, LoadPredictor
 from dsg.service.metrics import Metrics
 from dsg.service.problems import Problem
 
 if TYPE_CHECKING:
-    from dsg.model.network.predictor import Predictor
-
-LoadPredictor = Callable[[str, str | None], "Predictor"]
-"""(name or path, device or None for the best) -> Predictor; raises ValueError or OSError with one line."""
+    from dsg.model.network.checkpoint import CheckpointInfo
+    from dsg.model.network.predictor import Predictor, PreparedImage
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SUFFIX = ".safetensors"
-# A common photo's size: its bucket is the first that traffic will want.
-_WARM_UP_SIZE = (480, 640)
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """A model on every device. When the last request lets go of it, the devices do too."""
+
+    name: str
+    number: int
+    """What the devices know it by."""
+    info: "CheckpointInfo"
+    prepare: "Callable[[Any], PreparedImage]"
+    """A picture, uint8 [H, W, 3] RGB, as the devices want it; from any thread."""
 
 
 def load_predictor(name_or_path: str, device: str | None) -> "Predictor":
@@ -37,35 +48,33 @@ def kernel_in_use() -> str:
     return ops.kernel_name()
 
 
-def warm_up_picture() -> np.ndarray:
-    """A grey picture, uint8 [H, W, 3]: a network's first run is slow, and no client should wait for it."""
-    return np.full((*_WARM_UP_SIZE, 3), 114, dtype=np.uint8)
-
-
 class Models:
-    """Names -> predictors. `serve` swaps in one step; a request keeps the predictor that it began with.
+    """Names -> models. `serve` swaps in one step; a request keeps the model that it began with.
 
     Args:
-        load: how a predictor is made.
-        device: given to `load`.
+        load: makes the predictor that prepares pictures, where no device is of this process.
+        devices: each gets every model.
         model_dir: folder whose files go before shipped names, and the only one that `reload_source` looks in.
         metrics: told which models are served.
     """
 
-    def __init__(self, load: LoadPredictor, device: str | None, model_dir: Path | None, metrics: Metrics) -> None:
+    def __init__(
+        self, load: LoadPredictor, devices: Sequence[Device], model_dir: Path | None, metrics: Metrics
+    ) -> None:
         self._load = load
-        self._device = device
+        self._devices = devices
         self._model_dir = model_dir
         self._metrics = metrics
-        self._served: dict[str, Predictor] = {}
+        self._served: dict[str, ServedModel] = {}
+        self._numbers = itertools.count()
         self._loading = threading.Lock()
 
     def names(self) -> list[str]:
         """Names being served; the first is the default."""
         return list(self._served)
 
-    def get(self, name: str | None) -> "Predictor":
-        """The predictor of a name, or the default one. Raises the 422 problem for an unknown name."""
+    def get(self, name: str | None) -> ServedModel:
+        """The model of a name, or the default one. Raises the 422 problem for an unknown name."""
         if name is None:
             return next(iter(self._served.values()))
         try:
@@ -90,19 +99,47 @@ class Models:
                 )
             sources[name] = source
 
-    def load(self, asked: str) -> "tuple[str, Predictor]":
+    def load(self, asked: str) -> ServedModel:
         """Load a model that the operator names: a file of `model_dir`, a shipped name, or a path.
 
         Returns:
-            the name to serve it under (a path's file name without its ending), and the predictor.
+            the model on all devices, to be served under a path's file name without its ending.
+
+        Raises:
+            ValueError, TypeError, OSError, RuntimeError, WorkerDied: it does not load.
         """
         source = asked
         if _NAME.fullmatch(asked) and (found := self._in_model_dir(asked)) is not None:
             source = str(found)
-        name = _served_name(asked)
         # One at a time: two models being read at once would need their memory at once.
         with self._loading:
-            return name, self._load(source, self._device)
+            number = next(self._numbers)
+            try:
+                predictor = self._load_everywhere(number, source)
+            except BaseException:
+                self._forget(number)
+                raise
+            info = predictor.info
+            model = ServedModel(_served_name(asked), number, info, self._preparer(predictor))
+            weakref.finalize(model, self._forget, number).atexit = False
+            return model
+
+    def _load_everywhere(self, number: int, source: str) -> "Predictor":
+        """On all devices side by side; the predictor of this process."""
+        with ThreadPoolExecutor(len(self._devices)) as pool:
+            loads = [pool.submit(device.load, number, source) for device in self._devices]
+            # Workers' processes give none back; theirs may hold a GPU that this one must not.
+            local = [predictor for load in loads if (predictor := load.result()) is not None]
+            return local[0] if local else self._load(source, "cpu")
+
+    def _preparer(self, predictor: "Predictor") -> "Callable[[Any], PreparedImage]":
+        # All devices are of one kind, so that what one shares any of them can read.
+        device = self._devices[0]
+        return lambda picture: device.share(predictor.prepare(picture))
+
+    def _forget(self, number: int) -> None:
+        for device in self._devices:
+            device.forget(number)
 
     def reload_source(self, name: str) -> str:
         """Check a name that came over the network.
@@ -117,9 +154,10 @@ class Models:
             raise Problem(422, "unknown_model", detail)
         return name
 
-    def serve(self, name: str, predictor: "Predictor") -> None:
-        """Answer with `predictor` under `name` from now on."""
-        self._served[name] = predictor
+    def serve(self, model: ServedModel) -> None:
+        """Answer with this model under its name from now on."""
+        # A new dict, so that a request's thread never meets one that changes.
+        self._served = {**self._served, model.name: model}
         self._metrics.model.clear()
         for served, one in self._served.items():
             self._metrics.model.labels(served, one.info.version, one.info.hash, one.info.licence).set(1)

@@ -12,17 +12,19 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from dsg.model.network.detections import lowest_of
-from dsg.service.batching import DeadlinePassed, DeviceStopped, Outcome
+from dsg.service.admission import Hold
+from dsg.service.batching import DeadlinePassed, DeviceLost, DeviceStopped, Outcome, OutOfMemory
 from dsg.service.body import Upload
-from dsg.service.decode import decode_picture
+from dsg.service.decode import decode_picture, pixels_of
 from dsg.service.encode import Answered, coco_document, to_json
+from dsg.service.models import ServedModel
 from dsg.service.overlay import draw_instances, to_png
-from dsg.service.problems import CLIENT_GONE, Problem, deadline_passed, stopping
+from dsg.service.problems import CLIENT_GONE, Problem, deadline_passed, out_of_memory, stopping
 from dsg.service.query import PNG, Wanted
 from dsg.service.state import Service
 
 if TYPE_CHECKING:
-    from dsg.model.network.predictor import Predictor, PreparedImage
+    from dsg.model.network.predictor import PreparedImage
 
 
 @dataclass(frozen=True)
@@ -34,37 +36,40 @@ class Job:
     wanted: Wanted
     media_type: str
     """Of the answer: `application/json` or `image/png`."""
-    model_name: str
-    predictor: "Predictor"
+    model: ServedModel
     deadline: float
     """On the clock of `time.monotonic`."""
 
 
-async def answer(service: Service, job: Job, log: dict[str, Any]) -> Response:
+async def answer(service: Service, job: Job, hold: Hold, log: dict[str, Any], stages: dict[str, float]) -> Response:
     """Run a request through all stages.
 
     Args:
-        service: with a place free for each picture (429 otherwise).
+        service: with room for each picture and its pixels (429 otherwise).
         job: the request.
+        hold: has its bytes; they are given back once they are decoded.
         log: takes the stages' durations in milliseconds, and how many pictures ran together at most.
+        stages: takes the stages' durations in seconds, in their order.
     """
-    with service.admission.places(len(job.uploads)):
-        started = time.monotonic()
-        pictures = await _decode(service, job)
-        decoded = time.monotonic()
-        names = [upload.name for upload in job.uploads]
-        drawn_on = job.uploads[0].data if job.media_type == PNG else b""
-        job.uploads.clear()  # whoever waits for the device keeps a resized picture, and no file of many megabytes
-        outcomes = await _detect(service, job, pictures)
-        inferred = time.monotonic()
-        answered = [Answered(name, one.detections) for name, one in zip(names, outcomes, strict=True)]
-        content = await service.encoding(partial(_encode, service, job, answered, drawn_on))
-        stages = {
-            "decode": decoded - started,
-            "queue": max(outcome.queue_s for outcome in outcomes),
-            "infer": max(outcome.infer_s for outcome in outcomes),
-            "encode": time.monotonic() - inferred,
-        }
+    started = time.monotonic()
+    hold.take("pictures", len(job.uploads))
+    cap = service.settings.max_pixels
+    hold.take("pixels", await service.decoding(lambda: sum(pixels_of(one.data, cap) for one in job.uploads)))
+    pictures = await _decode(service, job)
+    decoded = time.monotonic()
+    names = [upload.name for upload in job.uploads]
+    drawn_on = job.uploads[0].data if job.media_type == PNG else b""
+    job.uploads.clear()  # whoever waits for the device keeps a resized picture, and no file of many megabytes
+    if not drawn_on:
+        hold.give_back("bytes")
+    outcomes = await _detect(service, job, pictures)
+    inferred = time.monotonic()
+    answered = [Answered(name, one.detections) for name, one in zip(names, outcomes, strict=True)]
+    content = await service.encoding(partial(_encode, service, job, answered, drawn_on))
+    stages["decode"] = decoded - started
+    stages["queue"] = max(outcome.queue_s for outcome in outcomes)
+    stages["infer"] = max(outcome.infer_s for outcome in outcomes)
+    stages["encode"] = time.monotonic() - inferred
     for stage, seconds in stages.items():
         service.metrics.stages.labels(stage).observe(seconds)
         log[f"{stage}_ms"] = round(seconds * 1000, 1)
@@ -107,7 +112,7 @@ async def _decode(service: Service, job: Job) -> "list[PreparedImage]":
     def prepare(data: bytes) -> "PreparedImage":
         if time.monotonic() >= job.deadline:
             raise deadline_passed()
-        return job.predictor.prepare(decode_picture(data, service.settings.max_pixels))
+        return job.model.prepare(decode_picture(data, service.settings.max_pixels))
 
     tasks = [service.decoding(partial(prepare, upload.data)) for upload in job.uploads]
     results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -125,12 +130,17 @@ async def _detect(service: Service, job: Job, pictures: "list[PreparedImage]") -
     waiting: list[Future[Outcome]] = []
     try:
         lowest = lowest_of(job.wanted.score_threshold)
-        waiting = service.batcher.submit(job.predictor, pictures, job.deadline, lowest)
+        waiting = service.batcher.submit(job.model, pictures, job.deadline, lowest)
         return await asyncio.gather(*map(asyncio.wrap_future, waiting))
     except DeadlinePassed:
         raise deadline_passed() from None
     except DeviceStopped:
         raise stopping() from None
+    except OutOfMemory:
+        raise out_of_memory() from None
+    except DeviceLost:
+        service.check_healthy()
+        raise
     finally:
         # Where one picture failed, its request has failed: the others need not run.
         for future in waiting:
@@ -138,7 +148,7 @@ async def _detect(service: Service, job: Job, pictures: "list[PreparedImage]") -
 
 
 def _encode(service: Service, job: Job, answered: list[Answered], drawn_on: bytes) -> bytes:
-    document = coco_document(answered, job.wanted, job.predictor.info, job.model_name)
+    document = coco_document(answered, job.wanted, job.model.info, job.model.name)
     if job.media_type != PNG:
         return to_json(document)
     # Decoded once more: to keep the pixels of every picture in the queue would take many times the memory.

@@ -66,6 +66,12 @@ def stopping() -> Problem:
     return Problem(503, "draining", "this server is about to stop; ask another, or later", headers)
 
 
+def out_of_memory() -> Problem:
+    """What a request is told whose picture alone does not fit into the device's memory now."""
+    detail = "the device's memory is full, even for one picture; try again soon, or send a smaller one"
+    return Problem(503, "out_of_memory", detail, {"Retry-After": "5"})
+
+
 def deadline_passed(headers: dict[str, str] | None = None) -> Problem:
     """What a request is told whose deadline passes before its answer is ready."""
     detail = "no answer was ready in time; allow more, send less, or try again later"
@@ -98,21 +104,3 @@ def install_problem_handlers(app: FastAPI) -> None:
         ]
         detail = "; ".join(f"{one['parameter']}: {one['detail']}" for one in errors)
         return await _own(request, Problem(422, "wrong_parameter", detail, errors=errors))
-
-
-def problem_documentation(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries of the problems that an endpoint may answer with."""
-    schema = {
-        "type": "object",
-        "required": ["type", "title", "status", "reason", "detail"],
-        "properties": {
-            "type": {"type": "string"},
-            "title": {"type": "string"},
-            "status": {"type": "integer"},
-            "reason": {"type": "string", "description": "one word for programs"},
-            "detail": {"type": "string", "description": "one sentence for people"},
-            "index": {"type": "integer", "description": "which picture of the request, counted from 0"},
-        },
-    }
-    content = {"application/problem+json": {"schema": schema}}
-    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}

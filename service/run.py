@@ -1,6 +1,7 @@
 """One server process: a port, a log, the application, and an orderly end."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 import sys
@@ -15,7 +16,9 @@ from fastapi import FastAPI
 from PIL import Image
 
 from dsg.service.app import create_app
-from dsg.service.models import LoadPredictor, kernel_in_use, load_predictor
+from dsg.service.devices import LoadPredictor
+from dsg.service.models import kernel_in_use, load_predictor
+from dsg.service.protocol import bounded_protocol
 from dsg.service.settings import Settings
 from dsg.service.state import Service
 
@@ -39,9 +42,13 @@ def serve(settings: Settings, load_predictor: LoadPredictor = load_predictor) ->
     # What is wrong with a picture is told to its sender; warnings on the console would help no one.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
+    _allow_many_files()
     listener = _listen(settings.host, settings.port)
     try:
-        app = create_app(settings, load_predictor)
+        try:
+            app = create_app(settings, load_predictor)
+        except ValueError as error:
+            raise ServiceError(str(error)) from error
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_serve(app, listener))
     finally:
@@ -50,29 +57,40 @@ def serve(settings: Settings, load_predictor: LoadPredictor = load_predictor) ->
 
 async def _serve(app: FastAPI, listener: socket.socket) -> None:
     service: Service = app.state.service
-    # The lifespan is entered here and not by uvicorn, so that a model that does not load is one line.
-    starting = app.router.lifespan_context(app)
+    settings = service.settings
+    config = uvicorn.Config(
+        app,
+        # The service is started here and not by uvicorn's lifespan: probes are answered while models load, and one
+        # that does not load is one line.
+        lifespan="off",
+        http=bounded_protocol(settings.header_timeout_ms / 1000),
+        log_config=None,
+        access_log=False,
+        ws="none",
+        backlog=_BACKLOG,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
+    server = _Server(config, service)
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    began = time.monotonic()
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    starting = asyncio.create_task(service.start())
     try:
-        await starting.__aenter__()
+        await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            names, seconds = ", ".join(service.models.names()), round(time.monotonic() - began, 1)
+            _log.info("serving", url=url, models=names, kernel=kernel_in_use(), start_s=seconds)
+        await serving
     except (ValueError, TypeError, OSError, RuntimeError) as error:  # RuntimeError: no room on the device
-        raise ServiceError(f"cannot load {service.settings.model}: {error}") from error
-    try:
-        config = uvicorn.Config(
-            app,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            ws="none",
-            backlog=_BACKLOG,
-            server_header=False,
-            timeout_graceful_shutdown=1,
-        )
-        host, port = listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        _log.info("serving", url=url, models=", ".join(service.models.names()), kernel=kernel_in_use())
-        await _Server(config, service).serve(sockets=[listener])
+        raise ServiceError(f"cannot load {settings.model}: {error}") from error
     finally:
-        await starting.__aexit__(None, None, None)
+        server.should_exit = True
+        starting.cancel()
+        await asyncio.gather(serving, starting, return_exceptions=True)
+        await service.stop()
 
 
 class _Server(uvicorn.Server):
@@ -116,6 +134,17 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise ServiceError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
     return listener
+
+
+def _allow_many_files() -> None:
+    """As many descriptors as this process may have: each connection is one, and each picture on its way to a worker."""
+    try:
+        import resource
+    except ImportError:  # not made for Windows
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -1,7 +1,7 @@
 """Every number that an operator may set: environment variables `DSG_*`, or arguments in code."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, StringConstraints, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -23,6 +23,16 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on (default 127.0.0.1: this machine alone)")
     port: int = Field(8000, ge=0, le=65535, description="TCP port (default 8000; 0 takes a free one)")
     device: str | None = Field(None, description="torch device, such as cpu or cuda:0 (default: the best one there is)")
+    devices: str | None = Field(
+        None,
+        description="in place of DSG_DEVICE: several devices, comma separated, or all for every GPU; they share one "
+        "queue (default: DSG_DEVICE alone)",
+    )
+    workers: Literal["thread", "process"] | None = Field(
+        None,
+        description="what runs a device: a thread of the server or a process of its own (default: a process for a "
+        "GPU or where there are several devices, else a thread)",
+    )
     model: str = Field(
         "dsg_lite0_coco",
         description="models to load, names or paths, comma separated; the first is the one that answers "
@@ -36,6 +46,20 @@ class Settings(BaseSettings):
         None,
         description="key of POST /models/reload, at least 16 characters, sent as 'Authorization: Bearer KEY' "
         "(default: none, and reloading is off)",
+    )
+    api_keys: SecretStr | None = Field(
+        None,
+        description="keys of clients, comma separated, each at least 16 characters; /segment and /models then want "
+        "one as 'Authorization: Bearer KEY' or 'X-API-Key: KEY' (default: none, and no key is asked for)",
+    )
+    cors_origins: str | None = Field(
+        None,
+        description="origins whose pages may call this server, comma separated, such as https://example.org; * for "
+        "all (default: none)",
+    )
+    tracing: bool = Field(
+        False,
+        description="send OpenTelemetry spans, as OTEL_* variables say; needs the extra tracing (default False)",
     )
 
     max_bytes: int = Field(
@@ -55,7 +79,29 @@ class Settings(BaseSettings):
         ge=1,
         description="most pictures accepted and not answered yet, a count; one more gets 429 (default 128)",
     )
-    max_batch: int = Field(8, ge=1, description="most pictures run on the device together, a count (default 8)")
+    max_pixels_in_flight: int = Field(
+        1_000_000_000,
+        ge=1,
+        description="most pixels of pictures accepted and not answered yet; more get 429 (default 1000000000)",
+    )
+    max_bytes_in_flight: int = Field(
+        512_000_000,
+        ge=1,
+        description="most bytes of bodies read and not decoded yet; more get 429 (default 512000000)",
+    )
+    max_batch: int = Field(8, ge=1, description="most pictures run on a device together, a count (default 8)")
+    max_batch_pixels: int = Field(
+        9_000_000,
+        ge=1,
+        description="most pixels run on a device together, after resize and padding; a single larger picture runs "
+        "alone (default 9000000)",
+    )
+    ageing_ms: int = Field(
+        200,
+        ge=1,
+        description="waiting time that counts as much as a full batch, in milliseconds: no picture is overtaken by "
+        "one that came more than this later (default 200)",
+    )
     deadline_ms: int = Field(
         60_000,
         ge=1,
@@ -66,6 +112,11 @@ class Settings(BaseSettings):
         30_000,
         ge=1,
         description="time to send a body in milliseconds, then 408 (default 30000)",
+    )
+    header_timeout_ms: int = Field(
+        10_000,
+        ge=1,
+        description="time to send a request's headers in milliseconds, then the connection is closed (default 10000)",
     )
     drain_ms: int = Field(
         30_000,
@@ -82,13 +133,40 @@ class Settings(BaseSettings):
             raise ValueError("name at least one model, and no empty one between commas")
         return value
 
+    @field_validator("api_keys")
+    @classmethod
+    def _long_keys(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and min(len(part.strip()) for part in value.get_secret_value().split(",")) < 16:
+            raise ValueError("each key has at least 16 characters")
+        return value
+
     @model_validator(mode="after")
-    def _one_request_fits(self) -> "Settings":
+    def _they_go_together(self) -> "Settings":
         if self.max_pictures > self.max_queue:
             raise ValueError(f"max_pictures ({self.max_pictures}) above max_queue ({self.max_queue}): it never fits")
+        for what in ("pixels", "bytes"):
+            one, all_ = getattr(self, f"max_{what}"), getattr(self, f"max_{what}_in_flight")
+            if one > all_:
+                raise ValueError(f"max_{what} ({one}) above max_{what}_in_flight ({all_}): it never fits")
+        if self.device is not None and self.devices is not None:
+            raise ValueError("device and devices are both set; set one of them")
         return self
 
     @property
     def models(self) -> list[str]:
         """Names or paths of the models to load, the default one first."""
         return [part.strip() for part in self.model.split(",")]
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of clients; empty where none is asked for."""
+        return _parts(self.api_keys.get_secret_value()) if self.api_keys else []
+
+    @property
+    def origins(self) -> list[str]:
+        """Origins whose pages may call this server."""
+        return _parts(self.cors_origins or "")
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

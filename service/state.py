@@ -1,4 +1,4 @@
-"""What one application owns: models, queue, threads; and how it starts and stops."""
+"""What one application owns: models, devices, queue, threads; and how it starts and stops."""
 
 import asyncio
 import time
@@ -9,27 +9,50 @@ from typing import TypeVar
 import structlog
 
 from dsg.service.admission import Admission
-from dsg.service.batching import Batcher
+from dsg.service.batching import Batcher, DeviceLost, OutOfMemory, WorkerDied
+from dsg.service.choose_devices import choose_devices
+from dsg.service.devices import Device, LoadPredictor
 from dsg.service.metrics import Metrics
-from dsg.service.models import LoadPredictor, Models, warm_up_picture
+from dsg.service.models import Models, ServedModel
 from dsg.service.problems import Problem, stopping
 from dsg.service.settings import Settings
+from dsg.service.tracing import Tracing
+from dsg.service.warm_up import warm_up_batches
 
 _log = structlog.get_logger("dsg.service")
 _Result = TypeVar("_Result")
-_WARM_UP_S = 600.0  # a first run may compile or pick kernels
-_CLOSE_S = 2.0  # what is left on the device at the end: at most the batch of requests that were given up
+_CLOSE_S = 2.0  # what is left on the devices at the end: at most the batches of requests that were given up
+_LAG_PERIOD_S = 0.1
 
 
 class Service:
-    """One per application; made before the event loop runs, started and stopped in it."""
+    """One per application; made before the event loop runs, started and stopped in it.
+
+    Raises:
+        ValueError: settings that name devices or tracing that are not there.
+    """
 
     def __init__(self, settings: Settings, load_predictor: LoadPredictor) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.models = Models(load_predictor, settings.device, settings.model_dir, self.metrics)
-        self.batcher = Batcher(settings.max_batch, self.metrics)
-        self.admission = Admission(settings.max_queue, self.batcher.seconds_per_picture, self.metrics)
+        self.tracing = Tracing(settings.tracing)
+        self._devices: list[Device] = choose_devices(settings, load_predictor)
+        self.models = Models(load_predictor, self._devices, settings.model_dir, self.metrics)
+        self.batcher = Batcher(
+            self._devices,
+            max_batch=settings.max_batch,
+            max_batch_pixels=settings.max_batch_pixels,
+            ageing_s=settings.ageing_ms / 1000,
+            metrics=self.metrics,
+        )
+        self.admission = Admission(
+            pictures=settings.max_queue,
+            pixels=settings.max_pixels_in_flight,
+            max_bytes=settings.max_bytes_in_flight,
+            seconds_until_free=self.batcher.seconds_until_free,
+            seconds_of_queue=self.batcher.seconds_of_queue,
+            metrics=self.metrics,
+        )
         self.active = 0
         """Requests whose answer is not complete yet."""
         self._warm = False
@@ -39,21 +62,32 @@ class Service:
         # Apart from the decoders: a finished picture must not wait behind those that have just come.
         self._encoders = ThreadPoolExecutor(settings.encode_workers, "dsg-encode")
         self._loader = ThreadPoolExecutor(1, "dsg-load")
+        self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Load and warm every model. Raises ValueError or OSError with one line when that fails."""
+        """Load and warm every model. Raises ValueError, OSError or RuntimeError with one line when that fails."""
+        self._watch = asyncio.create_task(self._watch_event_loop())
         self.models.check_names(self.settings.models)
+        for device in self._devices:
+            device.start()
         self.batcher.start()
         for asked in self.settings.models:
-            await self._load(asked)
+            try:
+                await self._load(asked)
+            except (OutOfMemory, DeviceLost, WorkerDied) as error:
+                raise RuntimeError(str(error).splitlines()[0]) from error
         self._warm = True
 
     async def stop(self) -> None:
-        """Fail what still waits, end the threads."""
+        """Fail what still waits, end the threads and processes."""
         self.drain()
+        if self._watch is not None:
+            self._watch.cancel()
         for pool in (self._decoders, self._encoders, self._loader):
             pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.batcher.close, _CLOSE_S)
+        await asyncio.gather(*(asyncio.to_thread(device.close) for device in self._devices))
+        self.tracing.close()
 
     def drain(self) -> None:
         """Take no new work from now on; what is in flight goes on."""
@@ -68,20 +102,19 @@ class Service:
         """Raise the 503 problem that says why no picture can be taken now, if none can."""
         if self._draining:
             raise stopping()
+        self.check_healthy()
         if not self._warm:
             raise Problem(503, "loading", "the model is still loading; try again soon", {"Retry-After": "5"})
-        self.check_healthy()
+        if not self.batcher.is_up:
+            raise Problem(503, "restarting", "the device is being restarted; try again soon", {"Retry-After": "5"})
 
     def check_healthy(self) -> None:
         """Raise the 503 problem if this process must be restarted."""
         if self.batcher.fault is not None:
-            raise Problem(503, "unhealthy", self.batcher.fault, {"Connection": "close"})
+            raise Problem(503, "unhealthy", self.batcher.fault, {"Connection": "close", "Retry-After": "10"})
 
-    async def reload(self, name: str) -> str:
+    async def reload(self, name: str) -> ServedModel:
         """Load a model from the model folder, warm it, and swap it in; requests go on meanwhile.
-
-        Returns:
-            the name that it is served under: without the ending that `name` may have.
 
         Raises:
             Problem: 422 no such model, or a file that does not load (the old model stays).
@@ -89,11 +122,14 @@ class Service:
         source = self.models.reload_source(name)
         async with self._reloading:
             try:
-                return await self._load(source)
-            except (ValueError, TypeError, OSError) as error:
+                model = await self._load(source)
+            except (ValueError, TypeError, OSError, RuntimeError, OutOfMemory, DeviceLost, WorkerDied) as error:
+                self.metrics.reloads.labels("failed").inc()
                 _log.warning("reload failed", model=name, error=str(error))
                 detail = f"model {name!r} does not load, and the log says why; what was served before still is"
                 raise Problem(422, "broken_model", detail) from None
+        self.metrics.reloads.labels("swapped").inc()
+        return model
 
     async def decoding(self, task: Callable[[], _Result]) -> _Result:
         """Run a task on a decode thread; cancelling drops it if it has not begun."""
@@ -103,14 +139,23 @@ class Service:
         """Run a task on an encode thread; cancelling drops it if it has not begun."""
         return await asyncio.get_running_loop().run_in_executor(self._encoders, task)
 
-    async def _load(self, asked: str) -> str:
+    async def _load(self, asked: str) -> ServedModel:
         loop = asyncio.get_running_loop()
-        name, predictor = await loop.run_in_executor(self._loader, self.models.load, asked)
-        picture = await loop.run_in_executor(self._loader, predictor.prepare, warm_up_picture())
-        # Through the queue: only the device thread may call a predictor, also while others are being served.
-        (first,) = self.batcher.submit(predictor, [picture], time.monotonic() + _WARM_UP_S)
-        await asyncio.wrap_future(first)
-        self.models.serve(name, predictor)
-        info = predictor.info
-        _log.info("model ready", model=name, version=info.version, hash=info.hash[:12], licence=info.licence)
-        return name
+        model = await loop.run_in_executor(self._loader, self.models.load, asked)
+        on_gpu = any(device.name.startswith("cuda") for device in self._devices)
+        batches = await loop.run_in_executor(
+            self._loader, warm_up_batches, model, self.settings.max_batch, self.settings.max_batch_pixels, on_gpu
+        )
+        # Through the queue: only a device's own thread may run it, also while others are being served.
+        await asyncio.gather(*map(asyncio.wrap_future, self.batcher.warm(model, batches)))
+        self.models.serve(model)
+        info = model.info
+        _log.info("model ready", model=model.name, version=info.version, hash=info.hash[:12], licence=info.licence)
+        return model
+
+    async def _watch_event_loop(self) -> None:
+        """Measure how late the loop wakes: whatever blocks it shows here."""
+        while True:
+            asked = time.monotonic()
+            await asyncio.sleep(_LAG_PERIOD_S)
+            self.metrics.event_loop_lag.observe(max(0.0, time.monotonic() - asked - _LAG_PERIOD_S))

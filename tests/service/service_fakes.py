@@ -168,7 +168,9 @@ class _ThreadServer(uvicorn.Server):
 def serving(load: Callable[[str, str | None], FakePredictor] | None = None, **settings: Any) -> Iterator[Server]:
     """Run a server as long as the block does."""
     predictor = FakePredictor()
-    values = {"model": "fake", "decode_workers": 2, **settings}
+    values = {"model": "fake", "decode_workers": 2, "device": "cpu", **settings}
+    if values.get("devices"):
+        del values["device"]
     app = create_app(Settings(**values), load or (lambda name, device: predictor))
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, ws="none", lifespan="on")
     server = _ThreadServer(config)

@@ -217,7 +217,7 @@ def test_500_is_said_without_what_happened(small: Server) -> None:
 def test_503_when_the_device_is_lost() -> None:
     with serving() as server:
         server.predictor.failure = lambda prepared: RuntimeError("CUDA error: an illegal memory access was encountered")
-        problem(server.post(GOOD), 500, "internal")
+        problem(server.post(GOOD), 503, "unhealthy")
         problem(server.client.get("/healthz"), 503, "unhealthy")
         problem(server.client.get("/readyz"), 503, "unhealthy")
         assert server.client.head("/readyz").status_code == 503
@@ -227,7 +227,9 @@ def test_503_when_the_device_is_lost() -> None:
 def test_out_of_memory_is_no_lost_device() -> None:
     with serving() as server:
         server.predictor.failure = lambda prepared: RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
-        problem(server.post(GOOD), 500, "internal")
+        response = server.post(GOOD)
+        problem(response, 503, "out_of_memory")
+        assert int(response.headers["retry-after"]) > 0
         assert server.client.get("/healthz").status_code == 200
 
 

@@ -1,0 +1,306 @@
+"""The thread that feeds one device: takes batches from the queue, answers their pictures, and deals with failures."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import structlog
+
+from dsg.service.devices import Device, DeviceLost, OutOfMemory, Ran, WorkerDied
+from dsg.service.metrics import Metrics
+from dsg.service.pace import BatchLimit, Pace
+from dsg.service.waiting import Outcome, Ticket, WaitingPictures
+
+_log = structlog.get_logger("dsg.service")
+_MOST_DEATHS = 3  # of a worker, one after the other without a batch between them that ran
+
+
+class DeadlinePassed(Exception):
+    """A picture's deadline passed before a device came to it."""
+
+
+class DeviceStopped(Exception):
+    """The batcher was closed before a device came to a picture."""
+
+
+@dataclass
+class Queue:
+    """What the devices' threads share."""
+
+    waiting: WaitingPictures
+    metrics: Metrics
+    pace: Pace = field(default_factory=Pace)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    closed: bool = False
+    threads: int = 0
+    """That take from it."""
+
+    def count(self) -> None:
+        """Tell the metrics what waits."""
+        self.metrics.queued.set(len(self.waiting))
+
+
+@dataclass
+class _Batch:
+    tickets: list[Ticket]
+    began: float
+    end: Callable[[], Ran]
+
+    @property
+    def pixels(self) -> int:
+        return sum(ticket.pixels for ticket in self.tickets)
+
+
+class DeviceThread:
+    """One device and the thread that feeds it.
+
+    Args:
+        device: only this thread begins batches on it.
+        limit: how large its batches may be.
+        queue: shared with the other devices' threads.
+    """
+
+    def __init__(self, device: Device, limit: BatchLimit, queue: Queue) -> None:
+        self.device = device
+        self.fault: str | None = None
+        """Why this process must be restarted, or None."""
+        self.up = True
+        """Whether it takes batches now."""
+        self._limit = limit
+        self._queue = queue
+        self._own: deque[list[Ticket]] = deque()  # batches that this device alone runs, before any other
+        self._running: deque[_Batch] = deque()
+        self._deaths = 0
+        self._thread = threading.Thread(target=self._work, name=f"dsg-device {device.name}", daemon=True)
+        self._say_limit()
+        queue.metrics.device_up.labels(device.name).set(1)
+
+    def start(self) -> None:
+        """Start the thread; once."""
+        self._queue.threads += 1
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the end of the batches that run, at most so long."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    @property
+    def has_died(self) -> bool:
+        """Whether the thread ended by a mistake of ours."""
+        return self._thread.ident is not None and not self._thread.is_alive() and not self._queue.closed
+
+    def run_own(self, tickets: list[Ticket]) -> None:
+        """Have a batch run on this device and no other, before what waits."""
+        with self._queue.changed:
+            self._own.append(tickets)
+            self._queue.changed.notify_all()
+
+    def _work(self) -> None:
+        try:
+            while self.fault is None and self._begin_batches():
+                self._end_batch(self._running.popleft())
+        finally:
+            self._go_down()
+
+    def _begin_batches(self) -> bool:
+        """Begin as many batches as the device takes, at least one; False when the queue is closed."""
+        while len(self._running) < self.device.ahead:
+            tickets = self._next_batch()
+            if tickets is None:
+                return bool(self._running)
+            now = time.monotonic()
+            live = [ticket for ticket in tickets if self._claim(ticket, now)]
+            if live:
+                lowest = min(ticket.score_threshold for ticket in live)
+                pictures = [ticket.picture for ticket in live]
+                self._running.append(_Batch(live, now, self.device.begin(live[0].model.number, pictures, lowest)))
+        return True
+
+    def _next_batch(self) -> list[Ticket] | None:
+        """Wait for work while the device has none; None when there is nothing to begin now."""
+        queue = self._queue
+        with queue.changed:
+            if not self._running:
+                queue.changed.wait_for(lambda: queue.closed or self._own or queue.waiting)
+            if queue.closed:
+                return None
+            if self._own:
+                return self._own.popleft()
+            # While a batch runs, only what fills another is sent ahead; less than that goes on collecting.
+            full = queue.waiting.pixels >= self._limit.pixels or len(queue.waiting) >= self._limit.pictures
+            if self._running and not full:
+                return None
+            tickets = queue.waiting.take(self._limit, time.monotonic())
+            queue.count()
+            return tickets
+
+    def _claim(self, ticket: Ticket, now: float) -> bool:
+        """Whether a picture is still wanted; from here on it can no longer be cancelled."""
+        if not ticket.future.running() and not ticket.future.set_running_or_notify_cancel():
+            self._queue.metrics.dropped.labels("cancelled").inc()
+            return False
+        if now >= ticket.deadline:
+            self._queue.metrics.dropped.labels("deadline").inc()
+            ticket.future.set_exception(DeadlinePassed())
+            return False
+        return True
+
+    def _end_batch(self, batch: _Batch) -> None:
+        try:
+            ran = batch.end()
+        except OutOfMemory as error:
+            self._out_of_memory(batch, error)
+        except DeviceLost as error:
+            self._lost(batch, error)
+        except WorkerDied as error:
+            self._revive(batch, error)
+        except Exception as error:
+            self._failed(batch, error)
+        else:
+            self._answer(batch, ran)
+
+    def _answer(self, batch: _Batch, ran: Ran) -> None:
+        metrics, name, size = self._queue.metrics, self.device.name, len(batch.tickets)
+        self._deaths = 0
+        for kind, count in ran.memory.items():
+            metrics.gpu_memory.labels(name, kind).set(count)
+        if not batch.tickets[0].warm_up:
+            self._queue.pace.ran(size, batch.pixels, ran.seconds)
+            self._limit.passed()
+            self._say_limit()
+            height, width = batch.tickets[0].picture.padded_size
+            metrics.batch_size.observe(size)
+            metrics.batch_pixels.observe(batch.pixels)
+            metrics.batched_pictures.labels(f"{height}x{width}").inc(size)
+            metrics.device_busy.labels(name).inc(ran.seconds)
+        for ticket, detections in zip(batch.tickets, ran.detections, strict=True):
+            ticket.future.set_result(Outcome(detections, batch.began - ticket.arrived, ran.seconds, size))
+
+    def _failed(self, batch: _Batch, error: Exception) -> None:
+        """Run the halves of a batch whose network failed, so that only the picture at fault fails."""
+        if len(batch.tickets) == 1:
+            batch.tickets[0].future.set_exception(error)
+            return
+        _log.warning("batch failed, running its halves", pictures=len(batch.tickets), error=str(error)[:500])
+        self._queue.metrics.batch_splits.labels("error").inc()
+        self._halve(batch)
+
+    def _out_of_memory(self, batch: _Batch, error: OutOfMemory) -> None:
+        """Run the halves, and smaller batches from now on; a single picture once more, since memory was freed."""
+        ticket = batch.tickets[0]
+        if len(batch.tickets) > 1:
+            self._limit.out_of_memory(batch.pixels)
+            self._say_limit()
+            _log.warning("out of memory, running halves", pictures=len(batch.tickets), limit_pixels=self._limit.pixels)
+            self._queue.metrics.batch_splits.labels("out_of_memory").inc()
+            self._halve(batch)
+        elif ticket.failures == 0:
+            ticket.failures += 1
+            self._own.appendleft([ticket])
+        else:
+            _log.error("out of memory for one picture", pixels=ticket.pixels, error=str(error)[:500])
+            ticket.future.set_exception(error)
+
+    def _halve(self, batch: _Batch) -> None:
+        middle = len(batch.tickets) // 2
+        self._own.extendleft((batch.tickets[middle:], batch.tickets[:middle]))
+
+    def _lost(self, batch: _Batch, error: DeviceLost) -> None:
+        self.fault = "a device has failed and stays so until this process is restarted"
+        _log.error("device lost", device=self.device.name, error=str(error)[:500])
+        for ticket in batch.tickets:
+            ticket.future.set_exception(error)
+
+    def _revive(self, batch: _Batch, error: WorkerDied) -> None:
+        """Restart the worker, and run what it had again: each picture of the batch alone, since one may be the cause.
+
+        A picture that takes a worker with it when it runs alone fails.
+        """
+        self._deaths += 1
+        self._queue.metrics.worker_deaths.labels(self.device.name).inc()
+        _log.error("worker died", device=self.device.name, pictures=len(batch.tickets), error=str(error))
+        again: list[Ticket] = []
+        for ticket in batch.tickets:
+            if ticket.failures == 0:
+                ticket.failures, ticket.alone = 1, True
+                again.append(ticket)
+            else:
+                ticket.future.set_exception(error)
+        for other in self._running:  # sent ahead and not begun
+            again.extend(other.tickets)
+        self._running.clear()
+        again.extend(ticket for tickets in self._own for ticket in tickets)
+        self._own.clear()
+        warm_ups = [ticket for ticket in again if ticket.warm_up]
+        with self._queue.changed:
+            for ticket in again:
+                if not ticket.warm_up:
+                    self._queue.waiting.add(ticket)  # other devices may take them meanwhile
+            self._queue.count()
+            self._queue.changed.notify_all()
+        self._own.extend([ticket] for ticket in warm_ups)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._say_up(False)
+        if self._deaths > _MOST_DEATHS:
+            self.fault = "a worker died again and again"
+            return
+        try:
+            self.device.restart()
+        except (ValueError, TypeError, OSError, RuntimeError, WorkerDied) as error:
+            _log.error("worker does not start", device=self.device.name, error=str(error))
+            self.fault = "a worker died and does not start again"
+        else:
+            self._say_up(True)
+
+    def _go_down(self) -> None:
+        """Fail what this device alone would have run, and what waits if it was the last."""
+        self._say_up(False)
+        error: Exception = DeviceStopped() if self.fault is None else DeviceLost(self.fault)
+        tickets = [ticket for batch in self._running for ticket in batch.tickets]
+        queue = self._queue
+        with queue.changed:
+            tickets += [ticket for batch in self._own for ticket in batch]
+            self._own.clear()
+            queue.threads -= 1
+            if queue.threads == 0 and not queue.closed:
+                tickets += queue.waiting.take_all()
+                queue.count()
+        fail(tickets, error)
+
+    def _say_up(self, up: bool) -> None:
+        self.up = up
+        self._queue.metrics.device_up.labels(self.device.name).set(up)
+
+    def _say_limit(self) -> None:
+        self._queue.metrics.batch_limit.labels(self.device.name).set(self._limit.pixels)
+
+
+def fail(tickets: list[Ticket], error: Exception) -> None:
+    """Answer pictures with an error, those apart whose clients have gone."""
+    for ticket in tickets:
+        if not ticket.future.done() and (ticket.future.running() or ticket.future.set_running_or_notify_cancel()):
+            ticket.future.set_exception(error)
+
+
+def forget_when_cancelled(queue: Queue, ticket: Ticket) -> None:
+    """Have a picture leave the queue at once when its client gives up.
+
+    Not left until its turn: clients that hang up by the hundred must not fill the memory.
+    """
+    ticket.future.add_done_callback(partial(_forget, queue, ticket))
+
+
+def _forget(queue: Queue, ticket: Ticket, future: object) -> None:
+    if not ticket.future.cancelled():
+        return
+    with queue.changed:
+        was_waiting = queue.waiting.discard(ticket)
+        queue.count()
+    if was_waiting:
+        queue.metrics.dropped.labels("cancelled").inc()

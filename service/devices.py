@@ -1,0 +1,201 @@
+"""A device that runs batches, and what can go wrong on it.
+
+`LocalDevice` runs them in this process, which suits a CPU: its operations are long, and Python's lock is free
+meanwhile. A GPU is fed by many short calls, which would wait for the lock behind every other thread of a busy server;
+so it gets a process of its own (`dsg.service.worker_device`).
+"""
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from dsg.model.network.detections import Detections
+    from dsg.model.network.predictor import Predictor, PreparedImage
+
+LoadPredictor = Callable[[str, str | None], "Predictor"]
+"""(name or path, device or None for the best) -> Predictor; raises ValueError or OSError with one line."""
+
+
+class OutOfMemory(Exception):
+    """A batch did not fit into the device's memory; a smaller one may."""
+
+
+class DeviceLost(Exception):
+    """The device answers nothing any more, and will not until its process is restarted."""
+
+
+class WorkerDied(Exception):
+    """The process that ran a batch ended in the middle of it."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A batch that ran."""
+
+    detections: "list[Detections]"
+    """One for each picture, on the CPU."""
+    seconds: float
+    """What the device took for it."""
+    memory: dict[str, int]
+    """Bytes of the device's memory by kind (`allocated`, `reserved`, `free`, `total`); empty for a CPU."""
+
+
+class Device(Protocol):
+    """What runs batches. `begin`, `restart` and the callable that `begin` gives belong to one thread at a time, the
+    other methods to any."""
+
+    name: str
+    ahead: int
+    """How many batches it takes before the first of them is done."""
+
+    def start(self) -> None:
+        """Start what it needs; once, before all else."""
+
+    def load(self, model: int, source: str) -> "Predictor | None":
+        """Load a model under a number. A predictor that comes back may prepare pictures in this process.
+
+        Raises:
+            ValueError, OSError, RuntimeError: one line.
+            WorkerDied: its process ended over it.
+        """
+
+    def begin(self, model: int, pictures: "Sequence[PreparedImage]", score_threshold: float) -> Callable[[], Ran]:
+        """Begin a batch.
+
+        Returns:
+            a callable that waits for its end, and raises `OutOfMemory`, `DeviceLost`, `WorkerDied` or whatever the
+            network raised.
+        """
+
+    def share(self, picture: "PreparedImage") -> "PreparedImage":
+        """The same picture, its pixels where the device can read them."""
+
+    def forget(self, model: int) -> None:
+        """Let go of a model that no batch will ask for."""
+
+    def restart(self) -> None:
+        """Make it whole again after `WorkerDied`, with its models. Raises what `load` raises."""
+
+    def close(self) -> None:
+        """End what it started."""
+
+
+class LocalDevice:
+    """A device of this process.
+
+    Args:
+        name: torch's, or None for the best one there is.
+        load: makes predictors.
+    """
+
+    ahead = 1
+
+    def __init__(self, name: str | None, load: LoadPredictor) -> None:
+        self.name = name or "default"
+        self._asked = name
+        self._load = load
+        self._predictors: dict[int, Predictor] = {}
+
+    def start(self) -> None:
+        pass
+
+    def load(self, model: int, source: str) -> "Predictor | None":
+        self._predictors[model] = self._load(source, self._asked)
+        return self._predictors[model]
+
+    def begin(self, model: int, pictures: "Sequence[PreparedImage]", score_threshold: float) -> Callable[[], Ran]:
+        return lambda: run(self._predictors[model], pictures, score_threshold)
+
+    def share(self, picture: "PreparedImage") -> "PreparedImage":
+        return picture
+
+    def forget(self, model: int) -> None:
+        self._predictors.pop(model, None)
+
+    def restart(self) -> None:
+        raise RuntimeError("this process cannot restart a part of itself")
+
+    def close(self) -> None:
+        self._predictors.clear()
+
+
+def run(predictor: "Predictor", pictures: "Sequence[PreparedImage]", score_threshold: float) -> Ran:
+    """Run one batch here and now; raises as `Device.begin` says."""
+    started = time.monotonic()
+    try:
+        found = [_on_cpu(one) for one in predictor.detect(pictures, score_threshold)]
+        seconds = time.monotonic() - started
+        if len(found) != len(pictures):
+            raise RuntimeError(f"detect gave {len(found)} answers for {len(pictures)} pictures")
+        return Ran(found, seconds, memory_of(predictor))
+    except Exception as error:
+        failure = _named(error, predictor)
+        # The traceback holds the batch's tensors, and whatever runs next needs their memory; its text is for the log.
+        failure.add_note("".join(traceback.format_tb(error.__traceback__)))
+        error.__traceback__ = None
+    if isinstance(failure, OutOfMemory) and _is_cuda(predictor):
+        import torch
+
+        torch.cuda.empty_cache()
+    raise failure
+
+
+def memory_of(predictor: "Predictor") -> dict[str, int]:
+    """Bytes of the memory of a predictor's GPU by kind; empty where it has none."""
+    if not _is_cuda(predictor):
+        return {}
+    import torch
+
+    free, total = torch.cuda.mem_get_info(predictor.device)
+    return {
+        "allocated": torch.cuda.memory_allocated(predictor.device),
+        "reserved": torch.cuda.memory_reserved(predictor.device),
+        "free": free,
+        "total": total,
+    }
+
+
+def _named(error: Exception, predictor: "Predictor") -> Exception:
+    """An error of a network by what it means for the device."""
+    text = str(error)
+    lower = text.lower()
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "out of memory" in lower
+        or "failed to allocate memory" in lower
+        or "_status_alloc_failed" in lower  # cuBLAS, cuDNN
+    ):
+        return OutOfMemory(text)
+    if (type(error).__name__ == "AcceleratorError" or "cuda error" in lower) and not _answers(predictor):
+        return DeviceLost(text)
+    return error
+
+
+def _answers(predictor: "Predictor") -> bool:
+    """Whether a device still does the smallest thing after it gave an error: most of CUDA's stay for good."""
+    if not _is_cuda(predictor):
+        return False
+    import torch
+
+    try:
+        return torch.ones(1, device=predictor.device).add_(1).item() == 2
+    except Exception:
+        return False
+
+
+def _is_cuda(predictor: "Predictor") -> bool:
+    return str(getattr(predictor, "device", "cpu")).startswith("cuda")
+
+
+def _on_cpu(detections: "Detections") -> "Detections":
+    """The same detections, so that threads that write answers never wait for the device's next batch."""
+    moved: dict[str, Any] = {}
+    for one in fields(detections):
+        value = getattr(detections, one.name)
+        if not str(getattr(value, "device", "cpu")).startswith("cpu"):
+            moved[one.name] = value.cpu()
+    return replace(detections, **moved) if moved else detections

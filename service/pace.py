@@ -1,0 +1,71 @@
+"""What is measured while batches run: how quick the devices are, and how much fits on one."""
+
+_MEMORY = 0.8  # weight of the past in the running means
+_PATIENCE = 16  # batches that must pass before a limit that was lowered is raised again ...
+_LONGEST_PATIENCE = 1024  # ... and the most that it becomes where raising it fails again and again
+_GROWTH = 1.25
+
+
+class Pace:
+    """Running means of what a device takes for a picture and for a pixel.
+
+    Written by the device threads, read by the event loop; each value is one float, so that no lock is needed.
+    """
+
+    def __init__(self) -> None:
+        self._seconds_per_picture = 0.0
+        self._seconds_per_pixel = 0.0
+
+    def ran(self, pictures: int, pixels: int, seconds: float) -> None:
+        """A device took `seconds` for a batch of so many pictures and padded pixels."""
+        self._seconds_per_picture = _mean(self._seconds_per_picture, seconds / pictures)
+        self._seconds_per_pixel = _mean(self._seconds_per_pixel, seconds / pixels)
+
+    def seconds_for_pictures(self, count: float) -> float:
+        """What one device takes for so many pictures; 0 before the first batch."""
+        return count * self._seconds_per_picture
+
+    def seconds_for_pixels(self, count: float) -> float:
+        """What one device takes for so many padded pixels; 0 before the first batch."""
+        return count * self._seconds_per_pixel
+
+
+def _mean(past: float, now: float) -> float:
+    return _MEMORY * (past or now) + (1 - _MEMORY) * now
+
+
+class BatchLimit:
+    """How large a batch of one device may be.
+
+    A batch that ran out of memory halves the limit; batches that pass raise it again step by step, at first soon, and
+    later where it fails again.
+
+    Args:
+        pictures: most pictures in a batch.
+        pixels: most padded pixels in a batch of several pictures.
+    """
+
+    def __init__(self, pictures: int, pixels: int) -> None:
+        self.pictures = pictures
+        self.pixels = pixels
+        self._most_pixels = pixels
+        self._patience = _PATIENCE
+        self._passed = 0
+
+    def out_of_memory(self, pixels: int) -> None:
+        """A batch of several pictures and so many padded pixels did not fit."""
+        self.pixels = max(1, min(self.pixels, pixels // 2))
+        self._patience = min(self._patience * 2, _LONGEST_PATIENCE)
+        self._passed = 0
+
+    def passed(self) -> None:
+        """A batch ran."""
+        if self.pixels == self._most_pixels:
+            return
+        self._passed += 1
+        if self._passed < self._patience:
+            return
+        self._passed = 0
+        self.pixels = min(self._most_pixels, int(self.pixels * _GROWTH) + 1)
+        if self.pixels == self._most_pixels:
+            self._patience = _PATIENCE

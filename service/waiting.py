@@ -1,0 +1,125 @@
+"""Pictures that wait for a device, in buckets, and which of them go next."""
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dsg.service.pace import BatchLimit
+
+if TYPE_CHECKING:
+    from dsg.model.network.detections import Detections
+    from dsg.model.network.predictor import PreparedImage
+    from dsg.service.models import ServedModel
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a device made of one picture."""
+
+    detections: "Detections"
+    queue_s: float
+    """Time it waited for the device, seconds."""
+    infer_s: float
+    """Time its batch took on the device, seconds."""
+    batch_size: int
+    """Pictures that ran together, this one included."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One picture on its way through queue and device."""
+
+    model: "ServedModel"
+    picture: "PreparedImage"
+    deadline: float
+    """On the clock of `time.monotonic`."""
+    score_threshold: float
+    future: "Future[Outcome]" = field(default_factory=Future)
+    arrived: float = field(default_factory=time.monotonic)
+    warm_up: bool = False
+    """No client waits for it; neither counted nor measured."""
+    alone: bool = False
+    """Runs in a batch of its own: a worker died with it and others."""
+    failures: int = 0
+    """Times that it ran alone out of memory, or took a worker with it."""
+
+    @property
+    def pixels(self) -> int:
+        """Padded pixels: what it costs."""
+        height, width = self.picture.padded_size
+        return height * width
+
+    @property
+    def bucket(self) -> tuple[int, tuple[int, int], int]:
+        """Pictures of one bucket can run together: of one model (after a reload, the old one and the new one of a
+        name run apart) and of one padded shape."""
+        return id(self.model), self.picture.padded_size, id(self) if self.alone else 0
+
+
+class WaitingPictures:
+    """Buckets. Holds no lock: its owner does.
+
+    The fullest bucket goes first, since full batches are what makes a device quick; but time waited counts as well, so
+    that a rare shape is never starved: a picture is never overtaken by one that came more than `ageing_s` later.
+
+    Args:
+        ageing_s: seconds of waiting that count as much as a full batch.
+    """
+
+    def __init__(self, ageing_s: float) -> None:
+        self._ageing_s = ageing_s
+        # In each bucket the oldest is the first: dicts keep their order, and lose a ticket at once.
+        self._buckets: dict[tuple[int, tuple[int, int], int], dict[int, Ticket]] = {}
+        self._count = 0
+        self._pixels = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def pixels(self) -> int:
+        """Padded pixels of all that wait."""
+        return self._pixels
+
+    def add(self, ticket: Ticket) -> None:
+        """Put a picture behind those of its bucket."""
+        self._buckets.setdefault(ticket.bucket, {})[id(ticket)] = ticket
+        self._count += 1
+        self._pixels += ticket.pixels
+
+    def discard(self, ticket: Ticket) -> bool:
+        """Take a picture out; whether it was there."""
+        bucket = self._buckets.get(ticket.bucket, {})
+        if bucket.pop(id(ticket), None) is None:
+            return False
+        if not bucket:
+            del self._buckets[ticket.bucket]
+        self._count -= 1
+        self._pixels -= ticket.pixels
+        return True
+
+    def take(self, limit: BatchLimit, now: float) -> list[Ticket]:
+        """The next batch, oldest first: of one bucket, within the limit, at least one picture; empty if none waits."""
+        if not self._buckets:
+            return []
+        tickets: list[Ticket] = []
+        for ticket in max(self._buckets.values(), key=lambda bucket: self._urgency(bucket, limit, now)).values():
+            if tickets and (len(tickets) == limit.pictures or (len(tickets) + 1) * ticket.pixels > limit.pixels):
+                break
+            tickets.append(ticket)
+        for ticket in tickets:
+            self.discard(ticket)
+        return tickets
+
+    def take_all(self) -> list[Ticket]:
+        """Everything, in no order."""
+        tickets = [ticket for bucket in self._buckets.values() for ticket in bucket.values()]
+        self._buckets.clear()
+        self._count = self._pixels = 0
+        return tickets
+
+    def _urgency(self, bucket: dict[int, Ticket], limit: BatchLimit, now: float) -> float:
+        oldest = next(iter(bucket.values()))
+        most = max(1, min(limit.pictures, limit.pixels // oldest.pixels))
+        return min(1.0, len(bucket) / most) + (now - oldest.arrived) / self._ageing_s

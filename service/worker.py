@@ -1,0 +1,140 @@
+"""A process that owns one device: reads batches from a socket, runs them, writes what was found.
+
+Started by `dsg.service.worker_device` as `python -m dsg.service.worker MESSAGES PICTURES`, two descriptors of
+sockets. It ends when the other side does, however that ends.
+"""
+
+import contextlib
+import os
+import pickle
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import fields, replace
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from dsg.service.devices import DeviceLost, LocalDevice, OutOfMemory, Ran
+from dsg.service.shared_pixels import open_shared
+
+if TYPE_CHECKING:
+    from dsg.model.network.detections import Detections
+
+_FAILURES = {OutOfMemory: "memory", DeviceLost: "lost", ValueError: "value", OSError: "value", TypeError: "value"}
+MOST_FILES = 250  # the kernel sends no more descriptors in one message
+
+
+def main() -> None:
+    """Serve until the other side hangs up."""
+    # Whoever stops the server tells the server, and it lets this process finish what it runs.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection, pictures = Connection(int(sys.argv[1])), socket.socket(fileno=int(sys.argv[2]))
+    sys.path[:] = pickle.loads(connection.recv_bytes())
+    name, load, threads = pickle.loads(connection.recv_bytes())
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    _Worker(connection, pictures, LocalDevice(name, load)).work()
+
+
+class _Worker:
+    def __init__(self, connection: Connection, pictures: socket.socket, device: LocalDevice) -> None:
+        self._connection = connection
+        self._pictures = pictures
+        self._device = device
+        self._is_cuda = device.name.startswith("cuda")
+        self._sending = threading.Lock()
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def work(self) -> None:
+        threading.Thread(target=self._read, daemon=True).start()
+        while True:
+            self._tasks.get()()
+
+    def _read(self) -> None:
+        """Take messages; while a batch runs, the pixels of the next are brought to where the device copies fast."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                number, kind, *given = pickle.loads(self._connection.recv_bytes())
+                if kind == "load":
+                    # Beside the batches, so that a reload holds nothing up.
+                    threading.Thread(target=self._answer, args=(number, self._load, *given), daemon=True).start()
+                elif kind == "forget":
+                    self._tasks.put(lambda model=given[0]: self._device.forget(model))
+                else:
+                    model, pictures, threshold = given
+                    prepared = self._with_pixels(pictures)
+                    self._tasks.put(
+                        lambda number=number, model=model, prepared=prepared, threshold=threshold: self._answer(
+                            number, self._detect, model, prepared, threshold
+                        )
+                    )
+        os._exit(0)  # the server is gone, and a batch that still runs has no reader
+
+    def _with_pixels(self, pictures: list[tuple[Any, Any]]) -> list[Any]:
+        files: list[int] = []
+        while len(files) < len(pictures):
+            _, more, _, _ = socket.recv_fds(self._pictures, 1, MOST_FILES)
+            if not more:
+                raise EOFError
+            files += more
+        prepared = []
+        for file, (picture, layout) in zip(files, pictures, strict=True):
+            pixels = open_shared(file, layout)
+            if self._is_cuda and layout.is_tensor:
+                pixels = pixels.pin_memory()
+            prepared.append(replace(picture, pixels=pixels))
+        return prepared
+
+    def _load(self, model: int, source: str) -> str:
+        predictor = self._device.load(model, source)
+        assert predictor is not None
+        return predictor.info.hash
+
+    def _detect(self, model: int, prepared: list[Any], threshold: float) -> tuple[list[Any], float, dict[str, int]]:
+        ran = self._device.begin(model, prepared, threshold)()
+        return [pack(one) for one in ran.detections], ran.seconds, ran.memory
+
+    def _answer(self, number: int, task: Callable[..., Any], *given: Any) -> None:
+        try:
+            answer = (number, "done", task(*given))
+        except Exception as error:
+            kind = next((word for known, word in _FAILURES.items() if isinstance(error, known)), "error")
+            text = str(error)
+            if kind == "error":  # for the log: its traceback is on this side
+                text = "\n".join((f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])))
+            answer = (number, kind, text)
+        with self._sending, contextlib.suppress(OSError):
+            self._connection.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
+
+
+def pack(detections: "Detections") -> tuple[type, dict[str, Any], frozenset[str]]:
+    """Detections as plain arrays: torch's own way to pickle tensors is many times slower for small ones."""
+    values = {one.name: getattr(detections, one.name) for one in fields(detections)}
+    tensors = frozenset(name for name, value in values.items() if hasattr(value, "numpy"))
+    return type(detections), {name: v.numpy() if name in tensors else v for name, v in values.items()}, tensors
+
+
+def unpack(kind: type, values: dict[str, Any], tensors: frozenset[str]) -> "Detections":
+    """What `pack` was given."""
+    if tensors:
+        import torch
+
+        values = {name: torch.from_numpy(v) if name in tensors else v for name, v in values.items()}
+    detections: Detections = kind(**values)
+    return detections
+
+
+def ran_of(answer: tuple[list[Any], float, dict[str, int]]) -> Ran:
+    """A worker's answer to a batch."""
+    packed, seconds, memory = answer
+    return Ran([unpack(*one) for one in packed], seconds, memory)
+
+
+if __name__ == "__main__":
+    main()

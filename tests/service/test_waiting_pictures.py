@@ -1,0 +1,119 @@
+"""Which pictures go next: a simple list of all that wait says what is right."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsg.service.pace import BatchLimit, Pace
+from dsg.service.waiting import Ticket, WaitingPictures
+
+MODEL = SimpleNamespace(number=0)
+
+
+def ticket(height: int, arrived: float, width: int = 32) -> Ticket:
+    picture = SimpleNamespace(padded_size=(height, width), pixels=np.zeros(0))
+    return Ticket(MODEL, picture, deadline=1e9, score_threshold=0.0, arrived=arrived)
+
+
+def test_the_fullest_goes_first_and_the_oldest_within_it() -> None:
+    waiting = WaitingPictures(ageing_s=100.0)
+    few = [ticket(32, 0.0), ticket(32, 0.1)]
+    many = [ticket(64, 0.2 + number / 10) for number in range(5)]
+    for one in [*few, *many]:
+        waiting.add(one)
+    limit = BatchLimit(pictures=4, pixels=10**9)
+    assert waiting.take(limit, now=1.0) == many[:4]
+    assert waiting.take(limit, now=1.0) == few
+    assert waiting.take(limit, now=1.0) == many[4:]
+    assert waiting.take(limit, now=1.0) == []
+
+
+def test_pixels_bound_a_batch_and_a_single_one_always_goes() -> None:
+    waiting = WaitingPictures(ageing_s=1.0)
+    for number in range(5):
+        waiting.add(ticket(64, number))
+    limit = BatchLimit(pictures=4, pixels=2 * 64 * 32)
+    assert len(waiting.take(limit, now=9.0)) == 2
+    limit = BatchLimit(pictures=4, pixels=1)
+    assert len(waiting.take(limit, now=9.0)) == 1
+    assert (len(waiting), waiting.pixels) == (2, 2 * 64 * 32)
+
+
+def test_pictures_of_two_models_or_marked_alone_do_not_meet() -> None:
+    waiting = WaitingPictures(ageing_s=1.0)
+    other = ticket(32, 1.0)
+    other.model = SimpleNamespace(number=1)
+    alone = ticket(32, 2.0)
+    alone.alone = True
+    for one in (ticket(32, 0.0), other, alone, ticket(32, 3.0)):
+        waiting.add(one)
+    sizes = [len(waiting.take(BatchLimit(8, 10**9), now=4.0)) for _ in range(3)]
+    assert sorted(sizes) == [1, 1, 2]
+
+
+@given(
+    arrivals=st.lists(st.tuples(st.integers(1, 6), st.floats(0, 3)), min_size=1, max_size=60),
+    ageing_s=st.sampled_from([0.1, 0.5]),
+    pictures=st.integers(1, 5),
+)
+def test_no_picture_is_overtaken_by_one_that_came_much_later(
+    arrivals: list[tuple[int, float]], ageing_s: float, pictures: int
+) -> None:
+    waiting = WaitingPictures(ageing_s)
+    left = [ticket(32 * shape, at) for shape, at in sorted(arrivals, key=lambda one: one[1])]
+    for one in left:
+        waiting.add(one)
+    limit = BatchLimit(pictures, 10**9)
+    while left:
+        assert len(waiting) == len(left) and waiting.pixels == sum(one.pixels for one in left)
+        batch = waiting.take(limit, now=10.0)
+        assert 1 <= len(batch) <= pictures and len({one.bucket for one in batch}) == 1
+        left = [one for one in left if one not in batch]
+        oldest = min((one.arrived for one in left), default=1e9)
+        # The head of the batch is at most `ageing_s` younger than anything that still waits.
+        assert batch[0].arrived <= oldest + ageing_s + 1e-9
+
+
+@given(kept=st.lists(st.booleans(), min_size=1, max_size=20))
+def test_what_is_discarded_never_comes(kept: list[bool]) -> None:
+    waiting = WaitingPictures(1.0)
+    tickets = [ticket(32 * (1 + number % 3), number) for number in range(len(kept))]
+    for one in tickets:
+        waiting.add(one)
+    for one, keep in zip(tickets, kept, strict=True):
+        if not keep:
+            assert waiting.discard(one) and not waiting.discard(one)
+    seen = []
+    while batch := waiting.take(BatchLimit(3, 10**9), now=99.0):
+        seen += batch
+    assert set(map(id, seen)) == {id(one) for one, keep in zip(tickets, kept, strict=True) if keep}
+    assert waiting.pixels == 0
+
+
+def test_the_limit_halves_and_recovers_more_patiently_each_time() -> None:
+    limit = BatchLimit(8, 1000)
+    limit.out_of_memory(800)
+    assert limit.pixels == 400
+    batches = []
+    for _ in range(2):
+        count = 0
+        while limit.pixels < 500:
+            limit.passed()
+            count += 1
+        batches.append(count)
+        limit.out_of_memory(limit.pixels)
+        limit.pixels = 400
+    assert batches == [32, 64]
+
+
+def test_pace_is_a_running_mean_by_picture_and_by_pixel() -> None:
+    pace = Pace()
+    assert pace.seconds_for_pictures(5) == 0
+    pace.ran(pictures=2, pixels=1000, seconds=1.0)
+    assert pace.seconds_for_pictures(4) == pytest.approx(2.0)
+    assert pace.seconds_for_pixels(500) == pytest.approx(0.5)
+    pace.ran(pictures=1, pixels=1000, seconds=1.0)
+    assert pace.seconds_for_pictures(1) == pytest.approx(0.8 * 0.5 + 0.2 * 1.0)
