@@ -6,8 +6,11 @@ each rectangle of pure red, green or blue is one instance. So each answer can be
 
 import contextlib
 import io
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,6 +26,8 @@ from dsg.service.app import create_app
 from dsg.service.settings import Settings
 
 RED, GREEN, BLUE, POISON = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255)
+# First rows of pictures that `load_faulty`'s predictor does something bad with.
+LETHAL, GREEDY, HUGE, STICKY, HELD = (255, 128, 0), (0, 128, 255), (0, 60, 200), (128, 255, 0), (60, 200, 60)
 COLOURS = (RED, GREEN, BLUE)
 SCORES = (0.9, 0.7, 0.3)
 CATEGORY_IDS = (7, 90, 3)  # with gaps and out of order, as in files from the wild
@@ -86,6 +91,45 @@ def poisoned(prepared: Sequence[PreparedImage]) -> Exception | None:
     bad = torch.tensor(POISON, dtype=torch.uint8)
     hit = any((one.pixels[:, 0, 0] == bad).all() for one in prepared)
     return RuntimeError("a picture that this network cannot stand") if hit else None
+
+
+class FaultyPredictor(FakePredictor):
+    """Breaks as a picture's first row says; where a process of its own runs it, that one breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure = self._break
+
+    def _break(self, prepared: Sequence[PreparedImage]) -> Exception | None:
+        rows = {tuple(one.pixels[:, 0, 0].tolist()) for one in prepared}
+        if LETHAL in rows:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if HELD in rows:
+            # Opening a named pipe waits for its other end: the test says when this goes on.
+            Path(os.environ["TEST_HELD"]).open().close()
+        if HUGE in rows or (GREEDY in rows and len(prepared) > 1):
+            return RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        if STICKY in rows:
+            return RuntimeError("CUDA error: an illegal memory access was encountered")
+        return poisoned(prepared)
+
+
+def load_faulty(name: str, device: str | None) -> FaultyPredictor:
+    """What `dsg.service` calls to load a model; importable, so that a worker process can too."""
+    predictor = FaultyPredictor()
+    path = Path(name)
+    if path.is_file() and path.stat().st_size:  # a file of the tests' model folder: its text is the model's hash
+        predictor.info = info(path.stem, path.read_text())
+        if predictor.info.hash == "broken":
+            raise ValueError(f"{name} is no checkpoint")
+    return predictor
+
+
+def faulty_picture(colour: tuple[int, int, int], size: tuple[int, int] = (96, 64)) -> bytes:
+    """A picture with one red rectangle, and a first row that `FaultyPredictor` understands."""
+    image = picture((20, 10, 60, 40), size=size)
+    image.paste(colour, (0, 0, size[0], 1))
+    return encoded(image)
 
 
 def find_rectangles(pixels: np.ndarray) -> Detections:

@@ -1,0 +1,195 @@
+"""A device in a process of its own: gives what one of this process gives, breaks alone, and can be started again."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from service_fakes import (
+    BLUE,
+    GREEDY,
+    GREEN,
+    HUGE,
+    LETHAL,
+    POISON,
+    STICKY,
+    FakePredictor,
+    load_faulty,
+    picture,
+)
+
+from dsg.model.network.predictor import PreparedImage
+from dsg.service.batching import Batcher
+from dsg.service.devices import DeviceLost, LocalDevice, OutOfMemory, WorkerDied
+from dsg.service.metrics import Metrics
+from dsg.service.models import ServedModel
+from dsg.service.shared_pixels import SharedPixels, open_shared
+from dsg.service.worker_device import WorkerDevice
+
+WAIT = 120
+FAR = 1e12
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[WorkerDevice]:
+    device = WorkerDevice("cpu", load_faulty, threads=1)
+    device.start()
+    device.load(0, "fake")
+    yield device
+    device.close()
+
+
+def prepared(colour: tuple[int, int, int] | None = None, left: int = 20) -> PreparedImage:
+    image = picture((left, 10, 60, 40), colour=GREEN)
+    if colour is not None:
+        image.paste(colour, (0, 0, 96, 1))
+    return FakePredictor().prepare(np.array(image))
+
+
+def shared(device: WorkerDevice, *pictures: PreparedImage) -> list[PreparedImage]:
+    return [device.share(one) for one in pictures]
+
+
+def test_it_finds_what_a_device_of_this_process_finds(device: WorkerDevice) -> None:
+    local = LocalDevice("cpu", load_faulty)
+    local.load(0, "fake")
+    pictures = [prepared(left=left) for left in range(5, 50, 5)]
+    expected = local.begin(0, pictures, 0.25)().detections
+    ran = device.begin(0, shared(device, *pictures), 0.25)()
+    assert len(ran.detections) == len(expected) == 9 and ran.seconds > 0 and ran.memory == {}
+    for found, wanted in zip(ran.detections, expected, strict=True):
+        for name in ("boxes", "scores", "labels", "mask_probs"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name))
+        assert found.image_size == wanted.image_size
+        found.boxes.add_(1)  # its memory is its own
+
+
+def test_two_batches_at_once_are_answered_each_on_its_own(device: WorkerDevice) -> None:
+    first = device.begin(0, shared(device, prepared(left=5)), 0.0)
+    second = device.begin(0, shared(device, prepared(left=45)), 0.0)
+    assert second().detections[0].boxes[0, 0] == 45
+    assert first().detections[0].boxes[0, 0] == 5
+
+
+@pytest.mark.parametrize(
+    ("colour", "error", "message"),
+    [
+        (HUGE, OutOfMemory, "CUDA out of memory"),
+        (STICKY, DeviceLost, "illegal memory access"),
+        (POISON, RuntimeError, r"RuntimeError: a picture that this network cannot stand(?s:.*)line \d+, in run"),
+    ],
+)
+def test_errors_cross_as_what_they_are(
+    device: WorkerDevice, colour: tuple[int, int, int], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        device.begin(0, shared(device, prepared(colour)), 0.0)()
+    assert len(device.begin(0, shared(device, prepared()), 0.0)().detections) == 1
+
+
+def test_a_model_that_does_not_load_is_one_line(device: WorkerDevice, tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_text("broken")
+    with pytest.raises(ValueError, match=r"bad.safetensors is no checkpoint$"):
+        device.load(1, str(path))
+
+
+def test_killed_it_says_so_and_starts_again_with_its_models(device: WorkerDevice, tmp_path: Path) -> None:
+    path = tmp_path / "second.safetensors"
+    path.write_text("version 1")
+    device.load(2, str(path))
+    os.kill(device.process_id, signal.SIGKILL)
+    with pytest.raises(WorkerDied, match="status -9"):
+        device.begin(0, shared(device, prepared()), 0.0)()
+    device.restart()
+    for model in (0, 2):
+        assert len(device.begin(model, shared(device, prepared()), 0.0)().detections) == 1
+    path.write_text("version 2")
+    with pytest.raises(ValueError, match="changed"):  # it would answer as another model than it says
+        device.restart()
+    device.forget(2)
+    assert len(device.begin(0, shared(device, prepared()), 0.0)().detections) == 1
+
+
+def test_a_picture_that_kills_workers_fails_alone(device: WorkerDevice) -> None:
+    metrics = Metrics()
+    batcher = Batcher([device], max_batch=8, max_batch_pixels=10**9, ageing_s=1.0, metrics=metrics)
+    model = ServedModel("fake", 0, load_faulty("fake", None).info, FakePredictor().prepare)
+    pictures = shared(device, prepared(left=5), prepared(LETHAL), prepared(left=45))
+    futures = batcher.submit(model, pictures, FAR)
+    batcher.start()
+    assert futures[0].result(WAIT).detections.boxes[0, 0] == 5
+    assert futures[2].result(WAIT).detections.boxes[0, 0] == 45
+    with pytest.raises(WorkerDied):
+        futures[1].result(WAIT)
+    assert metrics.registry.get_sample_value("dsg_worker_deaths_total", {"device": "cpu"}) == 2
+    again = batcher.submit(model, shared(device, prepared(), prepared(GREEDY)), FAR)
+    assert [future.result(WAIT).batch_size for future in again] == [1, 1]
+    assert batcher.fault is None and batcher.is_up
+    batcher.close(WAIT)
+
+
+@pytest.mark.parametrize("pixels", [torch.arange(24, dtype=torch.uint8).reshape(3, 2, 4), np.ones((3, 5, 7), "f4")])
+def test_pixels_are_shared_as_they_are(pixels: torch.Tensor | np.ndarray) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    one = SharedPixels(pixels)
+    again = open_shared(os.dup(one.file), one.layout)
+    assert type(again) is type(pixels) and again.shape == pixels.shape and (again == pixels).all()
+    del one
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # the mapping's own
+    assert (again == pixels).all()  # it holds the memory
+    del again
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_blue_picture_is_blue(device: WorkerDevice) -> None:
+    image = np.array(picture((20, 10, 60, 40), colour=BLUE))
+    (found,) = device.begin(0, shared(device, FakePredictor().prepare(image)), 0.0)().detections
+    assert found.labels.tolist() == [3]
+
+
+def test_thread_or_process_is_chosen_by_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsg.service import choose_devices
+    from dsg.service.settings import Settings
+
+    def kinds(**settings: str) -> list[tuple[str, str]]:
+        made = choose_devices.choose_devices(Settings(**settings), load_faulty)
+        return [(type(one).__name__.removesuffix("Device"), one.name) for one in made]
+
+    monkeypatch.setattr(choose_devices, "_cuda_devices", lambda: 0)
+    assert kinds() == [("Local", "default")]
+    assert kinds(device="cpu", workers="process") == [("Worker", "cpu")]
+    assert kinds(devices="cpu, cpu") == [("Worker", "cpu")] * 2
+    with pytest.raises(ValueError, match="no GPU is to be seen"):
+        kinds(devices="all")
+    monkeypatch.setattr(choose_devices, "_cuda_devices", lambda: 2)
+    assert kinds() == [("Worker", "cuda")]
+    assert kinds(devices="all") == [("Worker", "cuda:0"), ("Worker", "cuda:1")]
+    assert kinds(device="cuda:1", workers="thread") == [("Local", "cuda:1")]
+    with pytest.raises(ValueError, match="both set"):
+        kinds(device="cpu", devices="all")
+
+
+def test_gpu_errors_are_told_apart() -> None:
+    from dsg.service.devices import run
+
+    def raising(error: Exception) -> SimpleNamespace:
+        def detect(pictures: list, threshold: float) -> list:
+            raise error
+
+        return SimpleNamespace(detect=detect, device="cpu")
+
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    for error in (MemoryError(), OutOfMemoryError("x"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")):
+        with pytest.raises(OutOfMemory):
+            run(raising(error), [], 0.0)
+    with pytest.raises(OutOfMemory):  # CUDA's own way to say it: the device goes on
+        run(raising(RuntimeError("CUDA error: out of memory")), [], 0.0)
+    with pytest.raises(KeyError):
+        run(raising(KeyError("x")), [], 0.0)
