@@ -50,10 +50,11 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {
-                    **message,
-                    "headers": [*message["headers"], (b"x-request-id", request_id.encode())],
-                }
+                headers = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if self._service.draining and all(name != b"connection" for name, _ in headers):
+                    # A client that kept its connection would send its next request into a closing one.
+                    headers.append((b"connection", b"close"))
+                message = {**message, "headers": headers}
             await send(message)
 
         self._service.active += 1

@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import logging
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from PIL import Image
 
 from dsg.service.app import create_app
 from dsg.service.devices import LoadPredictor
+from dsg.service.logs import configure_log
 from dsg.service.models import kernel_in_use, load_predictor
 from dsg.service.protocol import bounded_protocol
 from dsg.service.settings import Settings
@@ -38,7 +37,7 @@ def serve(settings: Settings, load_predictor: LoadPredictor = load_predictor) ->
     Raises:
         ServiceError: the port is taken, or a model does not load.
     """
-    _configure_log()
+    configure_log()
     # What is wrong with a picture is told to its sender; warnings on the console would help no one.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -153,27 +152,3 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     except ImportError:  # not made for Windows
         return None
     return uvloop.new_event_loop
-
-
-def _configure_log() -> None:
-    """One line an event on stderr, the libraries' as well: coloured for a person, JSON for a machine."""
-    pretty = sys.stderr.isatty()
-    common: list[structlog.typing.Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        *([] if pretty else [structlog.processors.format_exc_info]),
-    ]
-    # structlog's own traceback would show local variables: pixels by the million.
-    pretty_lines = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-    renderer = pretty_lines if pretty else structlog.processors.JSONRenderer()
-    structlog.configure(
-        processors=[*common, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(renderer, foreign_pre_chain=common))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    # It warns of bytes that clients send; their answers say so, and anyone could fill the log with them.
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)

@@ -3,8 +3,10 @@
 import asyncio
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -26,8 +28,10 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def sleep(seconds: float) -> None:
         waited.append(seconds)
 
-    monkeypatch.setattr(client_module.time, "sleep", waited.append)
-    monkeypatch.setattr(client_module.asyncio, "sleep", sleep)
+    # The names in that module alone: servers of other tests run in this process and sleep too.
+    own_time = SimpleNamespace(monotonic=time.monotonic, sleep=waited.append)
+    monkeypatch.setattr(client_module, "time", own_time)
+    monkeypatch.setattr(client_module, "asyncio", SimpleNamespace(to_thread=asyncio.to_thread, sleep=sleep))
     return waited
 
 
