@@ -1,11 +1,11 @@
 """`dsg bench`: figures for bench/results."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from dsg.cli.loading import DeviceOption
+from dsg.cli.loading import DEFAULT_MODEL, DeviceOption, ModelOption
 
 
 def ops(
@@ -26,4 +26,41 @@ def ops(
     rows = run(chosen, repeats, on_case=lambda case: typer.echo(case, err=True))
     report.write(out, rows, chosen)
     for row in rows:
+        typer.echo(f"{row.value:10.3f} {row.unit}  baseline {row.baseline:10.3f}  x{row.ratio:<6} {row.case}")
+
+
+def service(
+    out: Annotated[Path, typer.Option(help="JSON file to write; a plot beside it.", show_default=False)],
+    model: ModelOption = DEFAULT_MODEL,
+    device: DeviceOption = None,
+    seconds: Annotated[float, typer.Option(help="Time of each measurement.", min=0.5, max=120)] = 10,
+    deadline_ms: Annotated[
+        int | None,
+        typer.Option(help="What an answer must keep to count as good; else ten times what one picture takes.", min=1),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Largest batch, of all servers.", min=1)] = 8,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of photos to send; else made up.", exists=True, file_okay=False)
+    ] = None,
+    beside: Annotated[
+        Literal["all", "litserve", "plain", "nothing"], typer.Option(help="What is measured beside dsg serve.")
+    ] = "all",
+) -> None:
+    """Put load on `dsg serve` on this machine, beside LitServe and a plain endpoint, in one run."""
+    import torch
+
+    from dsg.bench import report
+    from dsg.bench.service import run
+    from dsg.bench.service_plot import draw
+    from dsg.bench.service_processes import Setup
+
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    report.commit()  # an unknown commit should show before the measuring, not after
+    peers = {"all": ["litserve", "plain"], "nothing": []}.get(beside, [beside])
+    setup = Setup(model, str(chosen), max_batch)
+    deadline_s = None if deadline_ms is None else deadline_ms / 1000
+    figures = run(setup, deadline_s, seconds, peers, images, on_case=lambda case: typer.echo(case, err=True))
+    report.write(out, figures.rows, chosen)
+    draw(out.with_suffix(".png"), figures, f"{model} on {report.device_name(chosen)}")
+    for row in figures.rows:
         typer.echo(f"{row.value:10.3f} {row.unit}  baseline {row.baseline:10.3f}  x{row.ratio:<6} {row.case}")

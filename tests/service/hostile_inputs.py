@@ -49,7 +49,7 @@ def _file(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def _mutations(chance: random.Random) -> Iterator[Hostile]:
-    """Files of each format with bits flipped, cut, repeated, numbers in their headers made extreme; raw or in a form."""
+    """Files of each format with bits flipped, cut, repeated, extreme numbers in their headers; raw or in a form."""
     sound = seeds()
     number = 0
     while True:
@@ -176,8 +176,9 @@ def _forms() -> Iterator[Hostile]:
     for name, body in bodies.items():
         yield Hostile(f"form: {name}", body, form)
     types = ["multipart/form-data", "multipart/form-data; boundary=", "multipart/form-data; boundary=" + "x" * 5000]
-    types += ["multipart/form-data; boundary=\"\\\"", "multipart/mixed; boundary=b", "application/json", "text/plain"]
-    types += ["", ";", "image/*", "image/png; charset=utf-8", "IMAGE/PNG", "image/gif", "image/svg+xml", "*/*", "é", "a" * 9000]
+    types += ['multipart/form-data; boundary="\\"', "multipart/mixed; boundary=b", "application/json", "text/plain"]
+    types += ["", ";", "image/*", "image/png; charset=utf-8", "IMAGE/PNG", "image/gif", "image/svg+xml", "*/*"]
+    types += ["é", "a" * 9000]
     for kind in types:
         yield Hostile(f"type {kind[:40]!r}", sound, {"Content-Type": kind})
     for name, value in (
@@ -207,8 +208,9 @@ def _queries(chance: random.Random) -> Iterator[Hostile]:
     """Parameters of wrong types, twice, unknown, in odd letters."""
     sound = seeds()["PNG"]
     names = ["score_threshold", "max_detections", "mask_format", "categories", "model", "é", "__proto__", "a[]"]
-    values = ["", "0", "-1", "1e400", "nan", "inf", "1" * 5000, "null", "true", "[]", "{}", "%00", "%ff", "%F0%9F%92%A5"]
-    values += ["../../etc/passwd", "rle", "polygon", "red", "red,red", ",", "\u202ered".encode().hex(), "0x10", "1_0", "٣"]
+    values = ["", "0", "-1", "1e400", "nan", "inf", "1" * 5000, "null", "true", "[]", "{}", "%00", "%ff"]
+    values += ["%F0%9F%92%A5", "../../etc/passwd", "rle", "polygon", "red", "red,red", ",", "%E2%80%AEred"]
+    values += ["0x10", "1_0", "٣"]
     for name in names:
         for value in values:
             yield Hostile(f"{name}={value[:20]}", sound, query=f"{name}={value}")

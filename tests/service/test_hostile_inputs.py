@@ -65,10 +65,10 @@ def test_a_part_of_the_corpus(small: Server) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_whole_corpus(small: Server) -> None:
-    seen = run_corpus(small, 3000)
-    assert sum(seen.values()) >= 3000
-    print(seen)
+    seen = run_corpus(small, 2400)
+    assert sum(seen.values()) >= 2400
 
 
 RAW = {
@@ -87,7 +87,7 @@ RAW = {
         b"POST /segment HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
     ),
     "chunk of no number": b"POST /segment HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n",
-    "chunk beyond all": b"POST /segment HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\n",
+    "chunk beyond all": b"POST /segment HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 40,
     "header with zeros": b"GET /healthz HTTP/1.1\r\nHost: x\r\nA: \0\0\r\n\r\n",
     "header without a name": b"GET /healthz HTTP/1.1\r\n: x\r\n\r\n",
     "folded header": b"GET /healthz HTTP/1.1\r\nA: b\r\n c\r\nHost: x\r\n\r\n",
@@ -95,7 +95,8 @@ RAW = {
         b"GET /segment HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: eA==\r\n"
         b"Sec-WebSocket-Version: 13\r\n\r\n"
     ),
-    "smuggled": b"POST /segment HTTP/1.1\r\nHost: x\r\nTransfer-Encoding : chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
+    "smuggled": b"POST /segment HTTP/1.1\r\nHost: x\r\n"
+    b"Transfer-Encoding : chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
 }
 
 
@@ -129,7 +130,8 @@ def test_the_document_is_kept(small: Server) -> None:
     """Requests made up from the OpenAPI document, right ones and wrong ones, for each of its endpoints."""
     schema = schemathesis.openapi.from_url(f"{small.base_url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
-    assert {one.path for one in operations} == {"/segment", "/healthz", "/readyz", "/metrics", "/models", "/models/reload"}
+    probes = {"/healthz", "/readyz", "/metrics"}
+    assert {one.path for one in operations} == {"/segment", "/models", "/models/reload"} | probes
     for operation in operations:
         takes = operation.method == "post"
         for mode in schemathesis.GenerationMode if takes else [schemathesis.GenerationMode.POSITIVE]:

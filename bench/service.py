@@ -1,0 +1,199 @@
+"""`dsg serve` under load, beside the same model in a loop, behind LitServe, and behind a plain FastAPI endpoint.
+
+Two sets of pictures: one size (800 x 1333, as the tables of the field have it), and the mixed sizes of photos.
+"""
+
+import asyncio
+import io
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dsg.bench.load import Load, Measured
+from dsg.bench.report import Row
+from dsg.bench.service_processes import Setup, batch_sizes, in_process, serving
+
+ONE_SIZE = "800x1333"
+MIXED = "mixed sizes"
+_SIZE = (800, 1333)
+# (height, width) of photos as COCO has them: about as often as there, each further times larger.
+_MIXED = ((480, 640),) * 4 + ((640, 480),) * 2 + ((427, 640),) * 2 + ((640, 427), (612, 612), (375, 500), (1080, 1920))
+_CLIENTS = (1, 8, 32)
+_LOADS = (0.7, 1.0, 1.5)  # of what our server did with most clients
+_PICTURES = 24
+_PATIENCE_S = 60.0  # of clients in closed loop, where throughput counts and no deadline
+_TIMES_LATENCY = 10  # the deadline where none is given: so many times what one picture takes
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """One server at one rate."""
+
+    server: str
+    rate: float
+    measured: Measured
+
+
+@dataclass
+class Figures:
+    """What the plot shows, and the rows say."""
+
+    deadline_s: float = 0.0
+    """Of the mixed sizes."""
+    rows: list[Row] = field(default_factory=list)
+    open_runs: list[OpenRun] = field(default_factory=list)
+    batches: dict[str, float] = field(default_factory=dict)
+
+
+def run(
+    setup: Setup,
+    deadline_s: float | None,
+    seconds: float,
+    peers: Sequence[str],
+    images: Path | None,
+    on_case: Callable[[str], None] = lambda case: None,
+) -> Figures:
+    """Measure everything, in turn.
+
+    Args:
+        setup: model, device, largest batch.
+        deadline_s: what an answer must keep in open loop; None is ten times what one picture takes.
+        seconds: of each measurement.
+        peers: of `litserve` and `plain`, what is measured beside ours.
+        images: folder of photos to take pictures from; None makes some up.
+        on_case: told each case before it is measured.
+
+    Raises:
+        RuntimeError: a server that does not start.
+        ValueError: a folder without photos.
+    """
+    figures = Figures()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (ONE_SIZE, MIXED):
+            pictures = make_pictures(name, images)
+            place = Path(folder) / name
+            place.mkdir()
+            for number, data in enumerate(pictures):
+                (place / f"{number:03}.jpg").write_bytes(data)
+            on_case(f"{name}: the model without a server")
+            rate, latency_s = in_process(setup, place, seconds)
+            figures.deadline_s = deadline_s or _TIMES_LATENCY * latency_s
+            asyncio.run(_measure(name, setup, seconds, peers, pictures, rate, latency_s, figures, on_case))
+    return figures
+
+
+async def _measure(
+    name: str,
+    setup: Setup,
+    seconds: float,
+    peers: Sequence[str],
+    pictures: Sequence[bytes],
+    bare_rate: float,
+    bare_latency_s: float,
+    figures: Figures,
+    on_case: Callable[[str], None],
+) -> None:
+    rows, deadline_s = figures.rows, figures.deadline_s
+    runs: dict[tuple[str, float], Measured] = {}
+    rates: list[float] = []
+    best = 0.0
+    for server in ("dsg", *peers):
+        with serving(server, setup, deadline_s) as port:
+            async with (
+                Load(port, "/segment", pictures, _PATIENCE_S) as patient,
+                Load(port, "/segment", pictures, deadline_s) as load,
+            ):
+                await patient.closed(4, min(seconds, 3.0))  # first runs count for none
+                for clients in _CLIENTS:
+                    on_case(f"{name}: {server}, {clients} clients in closed loop")
+                    done = await patient.closed(clients, seconds)
+                    case = f"{name}: {server}, throughput with {clients} clients; baseline the model without a server"
+                    rows.append(_rate_row(case, done.rate(), bare_rate))
+                    if clients == 1:
+                        case = f"{name}: {server}, median latency of one client; baseline the model without a server"
+                        rows.append(_time_row(case, done.percentile(0.5), bare_latency_s))
+                    best = max(best, done.rate()) if server == "dsg" else best
+                rates = rates or [max(1 / seconds, share * best) for share in _LOADS]
+                for rate in rates:
+                    on_case(f"{name}: {server}, {rate:.1f} requests a second in open loop")
+                    runs[server, rate] = await load.open(rate, seconds)
+            if server == "dsg" and name == MIXED:
+                figures.batches = batch_sizes(port)
+    for (server, rate), measured in runs.items():
+        rows += _open_rows(f"{name}: {server}, {rate:.1f} requests/s", measured, bare_latency_s, deadline_s)
+        other = runs.get(("litserve", rate))
+        if server == "dsg" and other is not None:
+            case = f"{name}: dsg, {rate:.1f} requests/s, goodput within {deadline_s:.3g} s; baseline LitServe"
+            rows.append(_rate_row(case, measured.rate(deadline_s), other.rate(deadline_s)))
+        if name == MIXED:
+            figures.open_runs.append(OpenRun(server, rate, measured))
+    if name == MIXED:
+        total = sum(figures.batches.values())
+        for size, count in figures.batches.items():
+            case = f"{name}: dsg, batches of {size}; baseline all batches"
+            rows.append(_row(case, count, "batches", total, count / total if total else 0.0))
+
+
+def _open_rows(case: str, measured: Measured, bare_latency_s: float, deadline_s: float) -> list[Row]:
+    rows = [
+        _time_row(
+            f"{case}, p{round(100 * share)} latency; baseline one picture without a server",
+            measured.percentile(share),
+            bare_latency_s,
+        )
+        for share in (0.5, 0.9, 0.99)
+    ]
+    offered = len(measured.answers) / measured.seconds
+    within = measured.rate(deadline_s)
+    rows.append(_rate_row(f"{case}, goodput within {deadline_s:.3g} s; baseline what was offered", within, offered))
+    shed = measured.share(429, 503)
+    rows.append(_row(f"{case}, share shed with 429 or 503; baseline all", round(shed, 4), "share", 1.0, round(shed, 4)))
+    late = measured.share(0, 504)
+    rows.append(_row(f"{case}, share too late; baseline all", round(late, 4), "share", 1.0, round(late, 4)))
+    return rows
+
+
+def _row(case: str, value: float, unit: str, baseline: float, ratio: float) -> Row:
+    return Row(case, value, unit, baseline, round(ratio, 4))
+
+
+def _rate_row(case: str, value: float, baseline: float) -> Row:
+    return _row(case, round(value, 3), "pictures/s", round(baseline, 3), value / baseline if baseline else 0.0)
+
+
+def _time_row(case: str, seconds: float, baseline_s: float) -> Row:
+    ratio = baseline_s / seconds if seconds else 0.0
+    return _row(case, round(seconds * 1000, 2), "ms", round(baseline_s * 1000, 2), ratio)
+
+
+def make_pictures(name: str, images: Path | None) -> list[bytes]:
+    """JPEG files of one size or of mixed ones, from photos of a folder, or made up.
+
+    Raises:
+        ValueError: no photo in the folder.
+    """
+    sizes = [_SIZE] * _PICTURES if name == ONE_SIZE else [_MIXED[n % len(_MIXED)] for n in range(_PICTURES)]
+    photos: list[Path | None] = [None]
+    if images is not None:
+        photos = [path for path in sorted(images.iterdir()) if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+        if not photos:
+            raise ValueError(f"{images} has no .jpg or .png to send")
+    return [_picture(photos[number % len(photos)], number, size) for number, size in enumerate(sizes)]
+
+
+def _picture(photo: Path | None, number: int, size: tuple[int, int]) -> bytes:
+    height, width = size
+    if photo is None:
+        chance = np.random.default_rng(number)
+        # Blobs of a few sizes: pictures that compress, and whose boxes score differently, as photos do.
+        small = chance.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8)
+        image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    else:
+        image = Image.open(photo).convert("RGB").resize((width, height))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue()

@@ -1,0 +1,110 @@
+"""The servers that `dsg bench service` measures, each started, waited for and ended."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_START_S = 180
+_END_S = 20
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all of them serve, and how."""
+
+    model: str
+    device: str
+    max_batch: int
+
+
+@contextmanager
+def serving(what: str, setup: Setup, deadline_s: float) -> Iterator[int]:
+    """Run `dsg`, `litserve` or `plain` on 127.0.0.1 as long as the block does; its port.
+
+    LitServe is given the deadline at its start; ours hears it with each request.
+
+    Raises:
+        RuntimeError: it does not start.
+    """
+    port = _free_port()
+    if what == "dsg":
+        command = [sys.executable, "-m", "dsg.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--model", setup.model, "--device", setup.device]
+        probe = "/readyz"
+    else:
+        command = [*_peer(what, setup), "--port", str(port), "--deadline-s", str(deadline_s)]
+        probe = "/health"
+    # As many threads for pictures as a machine of this size can use; the rest is as it comes.
+    workers = str(max(2, (os.cpu_count() or 2) // 2))
+    environment = {"DSG_MAX_BATCH": str(setup.max_batch), "DSG_DECODE_WORKERS": workers, "DSG_ENCODE_WORKERS": workers}
+    process = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        _wait_ready(process, f"http://127.0.0.1:{port}{probe}", what)
+        yield port
+    finally:
+        process.terminate()
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def in_process(setup: Setup, pictures: Path, seconds: float) -> tuple[float, float]:
+    """(pictures a second in batches, seconds of one picture) of the model without a server."""
+    command = [*_peer("inprocess", setup), "--pictures", str(pictures), "--seconds", str(seconds)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode != 0:
+        raise RuntimeError(f"the model does not run: {ran.stderr.strip().splitlines()[-1:]}")
+    result = json.loads(ran.stdout.splitlines()[-1])
+    return result["rate"], result["latency_s"]
+
+
+def batch_sizes(port: int) -> dict[str, float]:
+    """Batches of a dsg server by size, from its metrics: `1`, `2`, `3`, `4`, `5 to 6`, ..."""
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30).read().decode()
+    sizes: dict[str, float] = {}
+    below, count_below = 0, 0.0
+    for line in text.splitlines():
+        if line.startswith('dsg_batch_size_bucket{le="') and "+Inf" not in line:
+            size = int(float(line.split('"')[1]))
+            count = float(line.rsplit(" ", 1)[1])
+            sizes[f"{size}" if size == below + 1 else f"{below + 1} to {size}"] = count - count_below
+            below, count_below = size, count
+    return sizes
+
+
+def _peer(what: str, setup: Setup) -> list[str]:
+    command = [sys.executable, "-m", "dsg.bench.service_peers", what, "--model", setup.model]
+    return [*command, "--device", setup.device, "--max-batch", str(setup.max_batch)]
+
+
+def _wait_ready(process: subprocess.Popen[bytes], url: str, what: str) -> None:
+    give_up = time.monotonic() + _START_S
+    while time.monotonic() < give_up:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server {what} ended with status {process.returncode} before it was ready")
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.2)
+    raise RuntimeError(f"the server {what} was not ready after {_START_S} s")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

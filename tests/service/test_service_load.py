@@ -1,0 +1,114 @@
+"""The load of `dsg bench service`: what it sends and counts, against a real server; what its rows compare."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from service_fakes import Server, encoded, picture, serving
+
+from dsg.bench import service as bench
+from dsg.bench.load import Answer, Load, Measured
+from dsg.bench.service_processes import Setup, batch_sizes
+from dsg.cli.main import run
+from dsg.model import build
+from dsg.model.network.checkpoint import Category, CheckpointInfo, Resize, save_checkpoint
+
+PICTURES = [encoded(picture((20, 10, 60, 40), size=(96, size)), "JPEG") for size in (64, 96)]
+
+
+def port_of(server: Server) -> int:
+    assert server.client.base_url.port is not None
+    return server.client.base_url.port
+
+
+async def asking(port: int, path: str, how: str, *given: float) -> Measured:
+    async with Load(port, path, PICTURES, deadline_s=30) as load:
+        measured: Measured = await getattr(load, how)(*given)
+        return measured
+
+
+def test_open_loop_sends_what_was_meant_and_counts_every_answer() -> None:
+    with serving() as server:
+        measured = asyncio.run(asking(port_of(server), "/segment", "open", 100, 0.5))
+        count = len(measured.answers)
+        assert 20 <= count <= 90  # Poisson of 50
+        assert {one.status for one in measured.answers} == {200} and measured.rate() == count / 0.5
+        assert server.metric("dsg_batch_size_sum") == count
+        sizes = batch_sizes(port_of(server))
+        assert list(sizes)[:5] == ["1", "2", "3", "4", "5 to 6"] and sum(sizes.values()) > 0
+        again = asyncio.run(asking(port_of(server), "/segment", "open", 100, 0.5))
+        assert len(again.answers) == count  # the same arrivals for every server
+
+
+def test_closed_loop_and_failures() -> None:
+    with serving() as server:
+        measured = asyncio.run(asking(port_of(server), "/segment", "closed", 4, 0.3))
+        assert len(measured.answers) >= 4 and measured.share(200) == 1
+        assert asyncio.run(asking(port_of(server), "/missing", "closed", 1, 0.05)).share(404) == 1
+        port = port_of(server)
+    gone = asyncio.run(asking(port, "/segment", "open", 50, 0.2))
+    assert gone.share(0) == 1 and gone.rate() == 0 and gone.percentile(0.99) == 0
+
+
+def test_percentiles_goodput_and_shares_by_hand() -> None:
+    answers = [Answer(200, 0.1 * number) for number in range(1, 11)] + [Answer(429, 0.01), Answer(504, 2.0)]
+    measured = Measured(answers, seconds=2.0)
+    assert measured.percentile(0.5) == pytest.approx(0.6)
+    assert measured.percentile(0.99) == pytest.approx(1.0)
+    assert measured.rate() == 5 and measured.rate(0.45) == 2
+    assert measured.share(429, 503) == pytest.approx(1 / 12)
+
+
+def test_pictures_are_of_the_sizes_that_are_named(tmp_path: Path) -> None:
+    sizes = {Image.open(bench.io.BytesIO(data)).size for data in bench.make_pictures(bench.ONE_SIZE, None)}
+    assert sizes == {(1333, 800)}
+    (tmp_path / "a.jpg").write_bytes(PICTURES[0])
+    sizes = {Image.open(bench.io.BytesIO(data)).size for data in bench.make_pictures(bench.MIXED, tmp_path)}
+    assert {(640, 480), (480, 640), (1920, 1080)} <= sizes
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(ValueError, match="has no"):
+        bench.make_pictures(bench.MIXED, tmp_path)
+
+
+def test_rows_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    monkeypatch.setenv("DSG_COMMIT", "abc123")
+
+    @contextlib.contextmanager
+    def started(what: str, setup: Setup, deadline_s: float) -> Iterator[int]:
+        yield port_of(server)
+
+    monkeypatch.setattr(bench, "serving", started)
+    monkeypatch.setattr(bench, "in_process", lambda setup, pictures, seconds: (50.0, 0.02))
+    monkeypatch.setattr(bench, "make_pictures", lambda name, images: PICTURES)
+    out = tmp_path / "service.json"
+    assert run(f"bench service --out {out} --device cpu --seconds 0.5 --beside litserve".split()) == 0
+    document = json.loads(out.read_text())
+    cases = [row["case"] for row in document["rows"]]
+    for wanted in (
+        "800x1333: dsg, throughput with 32 clients; baseline the model without a server",
+        "goodput within 0.2 s; baseline LitServe",
+        "p99 latency",
+        "share shed",
+        "batches of 1; baseline all batches",
+    ):
+        assert any(wanted in case for case in cases), wanted
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_servers_really_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSG_COMMIT", "abc123")
+    monkeypatch.setattr(bench, "_CLIENTS", (1, 2))
+    path = tmp_path / "tiny.safetensors"
+    info = CheckpointInfo("tiny", "dsg_lite0_fpn", {}, (Category(1, "thing"),), Resize(64, 96), score_threshold=0.5)
+    save_checkpoint(path, build("dsg_lite0_fpn", 1), info)
+    out = tmp_path / "service.json"
+    assert run(f"bench service --out {out} --model {path} --device cpu --seconds 1".split()) == 0
+    rows = {row["case"]: row["value"] for row in json.loads(out.read_text())["rows"]}
+    for what in ("dsg", "litserve", "plain"):
+        assert rows[f"mixed sizes: {what}, throughput with 2 clients; baseline the model without a server"] > 0
