@@ -26,6 +26,7 @@ _CLIENTS = (1, 8, 32)
 _LOADS = (0.7, 1.0, 1.5)  # of what our server did with most clients
 _PICTURES = 24
 _PATIENCE_S = 60.0  # of clients in closed loop, where throughput counts and no deadline
+_READY_CPU_S, _READY_GPU_S = 10.0, 30.0  # from start to ready, with a warm cache
 _TIMES_LATENCY = 10  # the deadline where none is given: so many times what one picture takes
 
 
@@ -102,7 +103,12 @@ async def _measure(
     rates: list[float] = []
     best = 0.0
     for server in ("dsg", *peers):
-        with serving(server, setup, deadline_s) as port:
+        with serving(server, setup, deadline_s) as running:
+            port = running.port
+            if name == ONE_SIZE:
+                bar_s = _READY_GPU_S if setup.device.startswith("cuda") else _READY_CPU_S
+                case = f"{server}, from start to ready; baseline what dsg may take"
+                rows.append(_time_row(case, running.ready_s, bar_s))
             async with (
                 Load(port, "/segment", pictures, _PATIENCE_S) as patient,
                 Load(port, "/segment", pictures, deadline_s) as load,

@@ -26,9 +26,18 @@ class Setup:
     max_batch: int
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server that answers."""
+
+    port: int
+    ready_s: float
+    """Seconds from its start until it did."""
+
+
 @contextmanager
-def serving(what: str, setup: Setup, deadline_s: float) -> Iterator[int]:
-    """Run `dsg`, `litserve` or `plain` on 127.0.0.1 as long as the block does; its port.
+def serving(what: str, setup: Setup, deadline_s: float) -> Iterator[Running]:
+    """Run `dsg`, `litserve` or `plain` on 127.0.0.1 as long as the block does.
 
     LitServe is given the deadline at its start; ours hears it with each request.
 
@@ -46,12 +55,13 @@ def serving(what: str, setup: Setup, deadline_s: float) -> Iterator[int]:
     # As many threads for pictures as a machine of this size can use; the rest is as it comes.
     workers = str(max(2, (os.cpu_count() or 2) // 2))
     environment = {"DSG_MAX_BATCH": str(setup.max_batch), "DSG_DECODE_WORKERS": workers, "DSG_ENCODE_WORKERS": workers}
+    began = time.monotonic()
     process = subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         _wait_ready(process, f"http://127.0.0.1:{port}{probe}", what)
-        yield port
+        yield Running(port, time.monotonic() - began)
     finally:
         process.terminate()
         try:

@@ -12,7 +12,7 @@ from service_fakes import Server, encoded, picture, serving
 
 from dsg.bench import service as bench
 from dsg.bench.load import Answer, Load, Measured
-from dsg.bench.service_processes import Setup, batch_sizes
+from dsg.bench.service_processes import Running, Setup, batch_sizes
 from dsg.cli.main import run
 from dsg.model import build
 from dsg.model.network.checkpoint import Category, CheckpointInfo, Resize, save_checkpoint
@@ -78,10 +78,12 @@ def test_rows_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: 
     monkeypatch.setenv("DSG_COMMIT", "abc123")
 
     @contextlib.contextmanager
-    def started(what: str, setup: Setup, deadline_s: float) -> Iterator[int]:
-        yield port_of(server)
+    def started(what: str, setup: Setup, deadline_s: float) -> Iterator[Running]:
+        yield Running(port_of(server), ready_s=2.0)
 
     monkeypatch.setattr(bench, "serving", started)
+    monkeypatch.setattr(bench, "_CLIENTS", (1,))
+    monkeypatch.setattr(bench, "_LOADS", (1.0,))
     monkeypatch.setattr(bench, "in_process", lambda setup, pictures, seconds: (50.0, 0.02))
     monkeypatch.setattr(bench, "make_pictures", lambda name, images: PICTURES)
     out = tmp_path / "service.json"
@@ -89,7 +91,8 @@ def test_rows_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: 
     document = json.loads(out.read_text())
     cases = [row["case"] for row in document["rows"]]
     for wanted in (
-        "800x1333: dsg, throughput with 32 clients; baseline the model without a server",
+        "800x1333: dsg, throughput with 1 clients; baseline the model without a server",
+        "dsg, from start to ready",
         "goodput within 0.2 s; baseline LitServe",
         "p99 latency",
         "share shed",
