@@ -24,7 +24,7 @@ import uvicorn
 from starlette.responses import Response
 
 from dsg.export import load
-from dsg.model.network.detections import Detections
+from dsg.model.network.detections import Detections, lowest_of
 from dsg.model.network.predictor import Predictor, PreparedImage
 from dsg.service.decode import decode_picture
 from dsg.service.encode import Answered, coco_document, to_json
@@ -41,7 +41,7 @@ def prepare(predictor: Predictor, data: bytes) -> PreparedImage:
 
 def detect(predictor: Predictor, pictures: Sequence[PreparedImage]) -> list[Detections]:
     """Detections of pictures of any shapes, those of one shape together."""
-    threshold = wanted(SegmentQuery(), predictor.info).score_threshold
+    threshold = lowest_of(wanted(SegmentQuery(), predictor.info).score_threshold)
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, picture in enumerate(pictures):
         buckets[picture.padded_size].append(index)

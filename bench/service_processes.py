@@ -33,6 +33,7 @@ class Running:
     port: int
     ready_s: float
     """Seconds from its start until it did."""
+    process_id: int
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def serving(what: str, setup: Setup, deadline_s: float) -> Iterator[Running]:
     )
     try:
         _wait_ready(process, f"http://127.0.0.1:{port}{probe}", what)
-        yield Running(port, time.monotonic() - began)
+        yield Running(port, time.monotonic() - began, process.pid)
     finally:
         process.terminate()
         try:

@@ -79,7 +79,7 @@ def test_rows_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: 
 
     @contextlib.contextmanager
     def started(what: str, setup: Setup, deadline_s: float) -> Iterator[Running]:
-        yield Running(port_of(server), ready_s=2.0)
+        yield Running(port_of(server), ready_s=2.0, process_id=0)
 
     monkeypatch.setattr(bench, "serving", started)
     monkeypatch.setattr(bench, "_CLIENTS", (1,))
