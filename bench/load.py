@@ -92,7 +92,7 @@ class Load:
     async def __aenter__(self) -> "Load":
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *error: object) -> None:
         for _, writer in self._idle:
             await _close(writer)
         self._idle.clear()

@@ -32,6 +32,7 @@ from dsg.service.query import SegmentQuery, wanted
 
 _MAX_PIXELS = 64_000_000
 _BATCH_WAIT_S = 0.005
+_DEFAULTS = SegmentQuery.model_validate({})
 
 
 def prepare(predictor: Predictor, data: bytes) -> PreparedImage:
@@ -41,7 +42,7 @@ def prepare(predictor: Predictor, data: bytes) -> PreparedImage:
 
 def detect(predictor: Predictor, pictures: Sequence[PreparedImage]) -> list[Detections]:
     """Detections of pictures of any shapes, those of one shape together."""
-    threshold = lowest_of(wanted(SegmentQuery(), predictor.info).score_threshold)
+    threshold = lowest_of(wanted(_DEFAULTS, predictor.info).score_threshold)
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, picture in enumerate(pictures):
         buckets[picture.padded_size].append(index)
@@ -55,7 +56,7 @@ def write(predictor: Predictor, found: Detections) -> bytes:
     """The answer that our server gives by default."""
     info = predictor.info
     # What a served model has beside this is its name.
-    return to_json(coco_document([Answered("a.jpg", found)], wanted(SegmentQuery(), info), info, info.name))
+    return to_json(coco_document([Answered("a.jpg", found)], wanted(_DEFAULTS, info), info, info.name))
 
 
 class Api(litserve.LitAPI):
@@ -68,19 +69,19 @@ class Api(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self._predictor = load(self._model, device)
 
-    def decode_request(self, request: fastapi.Request) -> PreparedImage:  # type: ignore[override]
+    def decode_request(self, request: fastapi.Request) -> PreparedImage:
         return prepare(self._predictor, request["image"].file.read())
 
     def batch(self, inputs: list[PreparedImage]) -> list[PreparedImage]:
         return inputs
 
-    def predict(self, x: list[PreparedImage]) -> list[Detections]:  # type: ignore[override]
+    def predict(self, x: list[PreparedImage]) -> list[Detections]:
         return detect(self._predictor, x)
 
     def unbatch(self, output: list[Detections]) -> list[Detections]:
         return output
 
-    def encode_response(self, output: Detections) -> Response:  # type: ignore[override]
+    def encode_response(self, output: Detections) -> Response:
         return Response(write(self._predictor, output), media_type="application/json")
 
 

@@ -49,7 +49,8 @@ class SharedPixels:
 
 def share(picture: "PreparedImage") -> "PreparedImage":
     """The same picture with its pixels in shared memory."""
-    return replace(picture, pixels=SharedPixels(picture.pixels))
+    pixels: Any = SharedPixels(picture.pixels)
+    return replace(picture, pixels=pixels)
 
 
 def open_shared(file: int, layout: Layout) -> Any:

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -65,15 +66,11 @@ class _Worker:
                     # Beside the batches, so that a reload holds nothing up.
                     threading.Thread(target=self._answer, args=(number, self._load, *given), daemon=True).start()
                 elif kind == "forget":
-                    self._tasks.put(lambda model=given[0]: self._device.forget(model))
+                    self._tasks.put(partial(self._device.forget, *given))
                 else:
                     model, pictures, threshold = given
                     prepared = self._with_pixels(pictures)
-                    self._tasks.put(
-                        lambda number=number, model=model, prepared=prepared, threshold=threshold: self._answer(
-                            number, self._detect, model, prepared, threshold
-                        )
-                    )
+                    self._tasks.put(partial(self._answer, number, self._detect, model, prepared, threshold))
         os._exit(0)  # the server is gone, and a batch that still runs has no reader
 
     def _with_pixels(self, pictures: list[tuple[Any, Any]]) -> list[Any]:

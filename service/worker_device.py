@@ -57,8 +57,12 @@ class WorkerDevice:
         self._models[model] = source, digest
 
     def begin(self, model: int, pictures: "Sequence[PreparedImage]", score_threshold: float) -> Callable[[], Ran]:
-        described = [(replace(one, pixels=None), one.pixels.layout) for one in pictures]  # type: ignore[arg-type, attr-defined]
-        files = [one.pixels.file for one in pictures]  # type: ignore[attr-defined]
+        no_pixels: Any = None  # they travel on their own
+        shared: list[Any] = [one.pixels for one in pictures]
+        described = [
+            (replace(one, pixels=no_pixels), pixels.layout) for one, pixels in zip(pictures, shared, strict=True)
+        ]
+        files = [pixels.file for pixels in shared]
         future = self._call("detect", model, described, score_threshold, files=files)
         return lambda: ran_of(future.result())
 

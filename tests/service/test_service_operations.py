@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
@@ -92,6 +93,17 @@ def test_every_answer_has_an_example(server: Server) -> None:
     shown = document["paths"]["/segment"]["post"]["responses"]["429"]["content"]["application/problem+json"]
     assert set(shown["examples"]) == set(REASONS[429])
     assert "Retry-After" in document["paths"]["/segment"]["post"]["responses"]["429"]["headers"]
+
+
+def test_every_reason_and_metric_is_in_the_documents(server: Server) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "service.md").read_text(encoding="utf-8")
+    for status, reasons in REASONS.items():
+        (row,) = [line for line in page.splitlines() if line.startswith("| ") and f" {status}" in line.split("|")[1]]
+        assert not [reason for reason in reasons if f"`{reason}`" not in row], status
+    lines = server.client.get("/metrics").text.splitlines()
+    types = [line.split()[2] for line in lines if line.startswith("# TYPE dsg_")]
+    names = {name for name in types if not name.endswith("_created")}
+    assert len(names) > 20 and not [name for name in names if f"`{name}" not in page]
 
 
 @pytest.mark.parametrize(
