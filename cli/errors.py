@@ -26,6 +26,9 @@ _EXTRA_OF_PACKAGE = {
     "faster_coco_eval": "train",
     "tensorboard": "train",
     "pycocotools": "test",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
 }
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dsg.cli import bench, data, errors, evaluate, import_weights, models, predict, serve, train
+from dsg.cli import bench, data, errors, evaluate, export, import_weights, models, predict, serve, train
 
 app = typer.Typer(
     add_completion=False,
@@ -20,6 +20,7 @@ app.command("serve")(serve.serve)
 app.command("predict")(predict.predict)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("import-weights")(import_weights.import_weights)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at annotation files.")
 data_app.command("check")(data.check)
