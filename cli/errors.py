@@ -26,9 +26,9 @@ _EXTRA_OF_PACKAGE = {
     "faster_coco_eval": "train",
     "tensorboard": "train",
     "pycocotools": "test",
-    "onnx": "onnx",
+    "onnx": "export",
+    "onnxscript": "export",
     "onnxruntime": "onnx",
-    "onnxscript": "onnx",
 }
 
 
