@@ -38,10 +38,13 @@ class CannotBuild(Exception):
 
 
 class KernelExtension(Extension):
-    """`device` is "cpu", "cuda" or "onnxruntime"; `optional`: a failure is reported and passed over."""
+    """`device`: the folder of its sources: "cpu", "cuda", and for other programs "schemas" and "onnxruntime".
+
+    `optional`: a failure is reported and passed over.
+    """
 
     def __init__(self, device: str, optional: bool) -> None:
-        patterns = {"cpu": ["*.cpp"], "cuda": ["*.cu"], "onnxruntime": ["*.cpp", "*.cu"]}[device]
+        patterns = ["*.cu"] if device == "cuda" else ["*.cpp", "*.cu"]
         found = sorted(path for pattern in patterns for path in (CSRC / device).glob(pattern))
         sources = [str(path.relative_to(ROOT)) for path in found]
         super().__init__(f"dsg.ops._C_{device}", sources, optional=optional)
@@ -58,7 +61,7 @@ class BuildKernels(build_ext):
         assert isinstance(ext, KernelExtension)
         target = Path(self.get_ext_fullpath(ext.name))
         try:
-            make_command = {"cpu": cpu_command, "cuda": cuda_command, "onnxruntime": onnxruntime_command}[ext.device]
+            make_command = {"cuda": cuda_command, "onnxruntime": onnxruntime_command}.get(ext.device, cpu_command)
             command = make_command(ext)
             self._compile(ext, command, target)
         except CannotBuild as reason:
@@ -204,7 +207,7 @@ def extensions() -> list[KernelExtension]:
     mode = os.environ.get("DSG_BUILD_OPS", "off")
     if mode not in MODES:
         raise SystemExit(f"error: DSG_BUILD_OPS must be one of {', '.join(MODES)}, got {mode!r}")
-    devices = {"off": (), "cpu": ("cpu",)}.get(mode, ("cpu", "cuda"))
+    devices = {"off": (), "cpu": ("cpu", "schemas")}.get(mode, ("cpu", "schemas", "cuda"))
     if devices and os.environ.get("DSG_ORT_INCLUDE"):
         devices = (*devices, "onnxruntime")
     return [KernelExtension(device, optional=mode == "auto") for device in devices]

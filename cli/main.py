@@ -26,8 +26,8 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look a
 data_app.command("check")(data.check)
 app.add_typer(data_app, name="data")
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure, for bench/results.")
-bench_app.callback()(lambda: None)  # with a callback, typer keeps the only subcommand's name
 bench_app.command("ops")(bench.ops)
+bench_app.command("model")(bench.model)
 app.add_typer(bench_app, name="bench")
 
 

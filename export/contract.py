@@ -12,7 +12,7 @@ from dsg.model.network.info import CheckpointInfo
 from dsg.model.network.sizes import STRIDE
 
 INPUTS = {
-    "images": "float32 [B, 3, H, W]: RGB in 0..1, resized as checkpoint.resize says, zeros right and below each picture",
+    "images": "float32 [B, 3, H, W]: RGB in 0..1, resized as checkpoint.resize says, zeros right of and below each",
     "sizes": "int64 [B, 2]: the valid height and width of each picture",
 }
 OUTPUTS = {

@@ -269,7 +269,8 @@ boxes_{index} = Gather (boxes, rows_{index})
 image_{index} = Gather (image, rows_{index})
 wide_{index} = Cast <to = 1> ({features})
 pooled_{index} = RoiAlign <coordinate_transformation_mode = "{mode}", mode = "avg", output_height = {height},
-    output_width = {width}, sampling_ratio = {ratio}, spatial_scale = {scale}> (wide_{index}, boxes_{index}, image_{index})"""
+    output_width = {width}, sampling_ratio = {ratio}, spatial_scale = {scale}>
+    (wide_{index}, boxes_{index}, image_{index})"""
 _GUIDE = """
 own_maps = Gather (prob, all_rows)
 wide_maps = Cast <to = 1> (own_maps)

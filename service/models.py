@@ -3,6 +3,7 @@
 import re
 import threading
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ LoadPredictor = Callable[[str, str | None], "Predictor"]
 """(name or path, device or None for the best) -> Predictor; raises ValueError or OSError with one line."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_SUFFIX = ".safetensors"
+_SUFFIXES = (".safetensors", ".onnx", ".ts", ".pt2")
 # A common photo's size: its bucket is the first that traffic will want.
 _WARM_UP_SIZE = (480, 640)
 
@@ -31,7 +32,9 @@ def load_predictor(name_or_path: str, device: str | None) -> "Predictor":
 
 
 def kernel_in_use() -> str:
-    """Which implementation of the shape-guided op runs, for the log."""
+    """Which implementation of the shape-guided op runs in torch, for the log."""
+    if find_spec("torch") is None:
+        return "no torch here, exported files bring their own"
     from dsg import ops
 
     return ops.kernel_name()
@@ -127,9 +130,11 @@ class Models:
     def _in_model_dir(self, name: str) -> Path | None:
         if self._model_dir is None:
             return None
-        path = self._model_dir / f"{name.removesuffix(_SUFFIX)}{_SUFFIX}"
-        return path if path.is_file() else None
+        endings = ("",) if name.endswith(_SUFFIXES) else _SUFFIXES
+        files = [self._model_dir / f"{name}{ending}" for ending in endings]
+        return next((path for path in files if path.is_file()), None)
 
 
 def _served_name(asked: str) -> str:
-    return Path(asked).name.removesuffix(_SUFFIX)
+    path = Path(asked)
+    return path.stem if path.suffix in _SUFFIXES else path.name

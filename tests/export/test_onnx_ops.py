@@ -134,7 +134,9 @@ def test_one_level(guided, way, tmp_path) -> None:
     module = One(SgRoIAlign(7, 1 / 4))
     example = (some_rois(9, 2, 0), torch.rand(9, 28, 28) if guided else None, *levels(1, torch.float32))
     path = to_onnx(module, example, tmp_path / "op.onnx")
-    assert [(node.domain, node.op_type) for node in onnx.load(path).graph.node if node.domain] == [("dsg", "SgRoIAlign")]
+    assert [(node.domain, node.op_type) for node in onnx.load(path).graph.node if node.domain] == [
+        ("dsg", "SgRoIAlign")
+    ]
     given = (some_rois(30, 2, 1), torch.rand(30, 28, 28) if guided else None, *levels(1, torch.float32))
     np.testing.assert_allclose(run(path, way, given), module(*given).numpy(), rtol=0, atol=2e-5)
 
@@ -158,7 +160,9 @@ def test_nms_of_a_batch_of_another_size(batch, tmp_path) -> None:
         generator = torch.Generator().manual_seed(seed)
         corner = torch.rand(images, 300, 2, generator=generator) * 600
         boxes = torch.cat([corner, corner + 20 + 150 * torch.rand(images, 300, 2, generator=generator)], dim=2)
-        groups = torch.randint(80, (images, 300), generator=generator) * torch.randint(2, (images, 1), generator=generator)
+        groups = torch.randint(80, (images, 300), generator=generator) * torch.randint(
+            2, (images, 1), generator=generator
+        )
         valid = torch.rand(images, 300, generator=generator) > 0.1
         return boxes, torch.rand(images, 300, generator=generator), groups, valid
 
