@@ -1,7 +1,7 @@
 """A checkpoint that finds something in every picture, and its exports, each made once."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +50,11 @@ def save_random(path: Path, preset: str, **overrides: object) -> Path:
     )
     save_checkpoint(path, model, info)
     return path
+
+
+@pytest.fixture
+def make_checkpoint() -> Callable[..., Path]:
+    return save_random
 
 
 @pytest.fixture(scope="session")

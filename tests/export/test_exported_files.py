@@ -80,7 +80,7 @@ def test_onnx_alone_at_every_batch(onnx_file, checkpoint, batch):
     for height, width in ((96, 160), (203, 150), (40, 50)):
         images = torch.rand(batch, 3, height // 8 + 1, width // 8 + 1, generator=generator)
         images = functional.interpolate(images, (height, width), mode="bilinear")
-        sizes = torch.tensor([[height, width], [height // 2, width - 7], [0, 0], [1, 1], [height, width]])[:batch]
+        sizes = torch.tensor([[height, width], [height // 2, width - 7], [0, 0], [33, 40], [height, width]])[:batch]
         padded = functional.pad(images, (0, -width % 32, 0, -height % 32))
         with torch.inference_mode():
             wanted = detector.infer(padded, sizes)
