@@ -11,3 +11,8 @@ def refusal(config: DetectorConfig, kind: Format) -> str | None:
             "shape-guided RoI features with adaptive sampling (roi_sampling_ratio 0) have no ONNX form; use 1 or more"
         )
     return None
+
+
+def refusals(config: DetectorConfig) -> dict[str, str]:
+    """The formats that a network of this configuration has no export to, by name, and why."""
+    return {kind.value: reason for kind in Format if (reason := refusal(config, kind)) is not None}

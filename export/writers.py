@@ -1,5 +1,6 @@
-"""One writer a format: from the graph to a file that holds no contract yet."""
+"""One writer a format: from the graph to a file that holds no contract yet. Each says which custom operators it uses."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from dsg.export.contract import INPUTS, OUTPUTS
 from dsg.export.graph import ExportGraph, example, record
 
 
-def write_onnx(graph: ExportGraph, path: Path, device: torch.device) -> None:
+def write_onnx(graph: ExportGraph, path: Path, device: torch.device) -> tuple[str, ...]:
     """An ONNX file with the bodies of our ops, checked by onnx, its shapes inferred."""
     import onnx
 
@@ -31,6 +32,7 @@ def write_onnx(graph: ExportGraph, path: Path, device: torch.device) -> None:
     add_bodies(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.save_model(onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True), path)
+    return tuple(sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain}))
 
 
 def _name_sizes(model: "onnx.ModelProto") -> None:  # type: ignore[name-defined]  # noqa: F821
@@ -48,7 +50,7 @@ def _name_sizes(model: "onnx.ModelProto") -> None:  # type: ignore[name-defined]
         del item.metadata_props[:]
 
 
-def write_torchscript(graph: ExportGraph, path: Path, device: torch.device) -> None:
+def write_torchscript(graph: ExportGraph, path: Path, device: torch.device) -> tuple[str, ...]:
     """A TorchScript file that runs on any device, whichever it was traced on."""
     graph = graph.to(device)
     with torch.no_grad(), warnings.catch_warnings():
@@ -59,6 +61,8 @@ def write_torchscript(graph: ExportGraph, path: Path, device: torch.device) -> N
         frozen = torch.jit.freeze(traced.eval())
         _follow_images(frozen)
         torch.jit.save(frozen, path)
+    kinds = set(re.findall(r"\b(\w+::\w+)[\[(]", str(frozen.graph)))
+    return tuple(sorted(kind for kind in kinds if kind.partition("::")[0] not in ("aten", "prim")))
 
 
 def _follow_images(program: torch.jit.ScriptModule) -> None:
@@ -80,9 +84,11 @@ def _follow_images(program: torch.jit.ScriptModule) -> None:
         constant.output().replaceAllUsesWith(own_device.output())
 
 
-def write_aoti(graph: ExportGraph, path: Path, device: torch.device) -> None:
+def write_aoti(graph: ExportGraph, path: Path, device: torch.device) -> tuple[str, ...]:
     """A package compiled for this device: minutes of work for a C++ compiler, on a GPU for Triton."""
     program = record(graph, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler, about its own tuning
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    names = {node.target.name() for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    return tuple(sorted(name.partition(".")[0] for name in names if not name.startswith("aten::")))

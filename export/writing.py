@@ -28,7 +28,7 @@ from dsg.model.network import predictor
 from dsg.model.network.detector import Detector
 from dsg.model.network.sizes import STRIDE
 
-_WRITERS: dict[Format, Callable[[ExportGraph, Path, torch.device], None]] = {
+_WRITERS: dict[Format, Callable[[ExportGraph, Path, torch.device], tuple[str, ...]]] = {
     Format.ONNX: writers.write_onnx,
     Format.TORCHSCRIPT: writers.write_torchscript,
     Format.AOTI: writers.write_aoti,
@@ -78,7 +78,7 @@ def export(
         checkpoint=info,
         precision="float16" if half else "float32",
         device=target.type if kind is Format.AOTI else "any",
-        ops=_ops(detector, kind),
+        ops=(),
         ops_are_needed=kind is not Format.ONNX,
         written_by=_written_by(kind, target),
     )
@@ -87,18 +87,13 @@ def export(
     with tempfile.TemporaryDirectory(prefix=".dsg-export-", dir=out) as folder:
         written = Path(folder) / f"model{kind.suffix}"
         say(f"writing {kind} of {info.name}" + (" (takes minutes)" if kind is Format.AOTI else ""))
-        _WRITERS[kind](ExportGraph(detector, half), written, target)
-        contract = attach(written, contract)
+        ops = _WRITERS[kind](ExportGraph(detector, half), written, target)
+        contract = attach(written, replace(contract, ops=ops))
         say(f"proving it in a fresh process, checksum {contract.checksum[:12]}")
         _prove(written, contract, detector, target, made_up_cases() + cases_of_pictures(pictures, info), say)
         result = out / written.name
         written.replace(result)
     return result
-
-
-def _ops(detector: Detector, kind: Format) -> tuple[str, ...]:
-    torch_ops = ("dsg::multiscale_sg_roi_align", "dsg::batched_nms")
-    return ("dsg::MultiScaleSgRoIAlign",) if kind is Format.ONNX else torch_ops
 
 
 def _written_by(kind: Format, device: torch.device) -> str:

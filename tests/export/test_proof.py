@@ -97,9 +97,9 @@ def test_pictures_of_the_user_go_alone_and_in_fives(tmp_path) -> None:
     assert [len(case.images) for case in cases_of_pictures(paths, info)] == [1] * 7 + [5, 2]
 
 
-def _write_wrong(graph, path: Path, device: torch.device) -> None:
+def _write_wrong(graph, path: Path, device: torch.device) -> tuple[str, ...]:
     graph.detector.box_head.regressor.bias.data += 0.05
-    writing.writers.write_torchscript(graph, path, device)
+    return writing.writers.write_torchscript(graph, path, device)
 
 
 def test_a_file_that_differs_is_not_left_behind(checkpoint, tmp_path, monkeypatch) -> None:
@@ -114,8 +114,9 @@ def test_a_file_that_differs_is_not_left_behind(checkpoint, tmp_path, monkeypatc
 
 
 def test_a_file_that_does_not_run_is_not_left_behind(checkpoint, tmp_path, monkeypatch) -> None:
-    def write_nonsense(graph, path: Path, device: torch.device) -> None:
+    def write_nonsense(graph, path: Path, device: torch.device) -> tuple[str, ...]:
         path.write_bytes(b"\x0a\x02hi")
+        return ()
 
     monkeypatch.setitem(writing._WRITERS, Format.ONNX, write_nonsense)
     with pytest.raises(ExportError, match=r"does not run in a fresh process and was not kept: .*onnxruntime"):
