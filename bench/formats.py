@@ -101,7 +101,7 @@ def _prepare(
     way: Way, model: str, eager: Run, device: torch.device, folder: Path, half: bool, say: Callable[[str], None]
 ) -> Run:
     if way is Way.COMPILED:
-        return torch.compile(eager, dynamic=False)  # type: ignore[no-any-return]
+        return torch.compile(eager, dynamic=False)
     kind = Format.ONNX if way is Way.ONNX_BODY else Format(way.value)
     path = folder / f"model{kind.suffix}"
     if not path.exists():

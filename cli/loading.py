@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "dsg_lite0_coco"
 
-ModelOption = Annotated[str, typer.Option("--model", help="A name that `dsg models` lists, a checkpoint, or an exported file.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A name that `dsg models` lists, a checkpoint, or an exported file.")
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="cpu, cuda or cuda:1; the first GPU if there is one, else the CPU."),

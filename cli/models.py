@@ -35,7 +35,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
 
 
 def _presets() -> list[dict[str, Any]]:
-    """Every preset with the number of its parameters, counted without making a single tensor, and what it exports to."""
+    """Every preset with its exports and the number of its parameters, counted without making a single tensor."""
     import torch
 
     from dsg.export.contract import Format

@@ -24,6 +24,7 @@ DOMAIN = "dsg"
 OPSET = 18
 _MAX_LEVELS = 8
 _DSG = Opset(DOMAIN, 1)
+_OP: Any = opset18  # typed more narrowly than it is used: an operator on symbols
 
 
 def _schema(name: str, levels: int, attributes: dict[str, onnx.defs.OpSchema.AttrType]) -> onnx.defs.OpSchema:
@@ -119,7 +120,7 @@ def _batched_nms(boxes: FLOAT, groups: INT64, valid: Any, threshold: float) -> A
 
     The places form a square grid around the origin, so that coordinates stay small and float32 keeps their fractions.
     """
-    op = opset18
+    op = _OP
     group = op.Cast(groups, to=onnx.TensorProto.FLOAT)  # [B, N]
     side = op.Ceil(op.Sqrt(op.ReduceMax(group, keepdims=0) + 1.0))
     row = op.Floor(op.Div(group, side))
@@ -152,8 +153,8 @@ _INT_ZERO = helper.make_tensor("zero", onnx.TensorProto.INT64, [1], [0])
 
 def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
     """ONNX's TopK puts the lower index first where values are equal: a stable sort, when it takes them all."""
-    count = opset18.Shape(values, start=dim, end=dim + 1 or None)
-    return opset18.TopK(values, count, axis=dim, largest=int(descending), sorted=1)
+    count = _OP.Shape(values, start=dim, end=dim + 1 or None)
+    return _OP.TopK(values, count, axis=dim, largest=int(descending), sorted=1)
 
 
 # --- bodies ---------------------------------------------------------------------------------------

@@ -51,8 +51,11 @@ def detections_of(
         rows = np.flatnonzero(wanted[number])  # [n]
         height, width = picture.original_size
         resized_height, resized_width = picture.pixels.shape[-2:]
-        ratio_y, ratio_x = np.float32([height, width]) / np.float32([resized_height, resized_width])
+        ratio_y, ratio_x = (
+            np.float32(height) / np.float32(resized_height),
+            np.float32(width) / np.float32(resized_width),
+        )
         boxes = outputs["boxes"][number, rows] * np.array([ratio_x, ratio_y, ratio_x, ratio_y])  # [n, 4]
-        parts = (outputs[name][number, rows] for name in ("scores", "labels", "mask_probs"))
-        found.append(Detections(boxes, *parts, image_size=(height, width)))  # type: ignore[arg-type]
+        scores, labels, masks = (outputs[name][number, rows] for name in ("scores", "labels", "mask_probs"))
+        found.append(Detections(boxes, scores, labels, masks, (height, width)))
     return found

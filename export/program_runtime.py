@@ -5,7 +5,6 @@ B images, h and w size of a resized picture, K detections of an image.
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dsg.model.network.eager import prepare_tensor, present_device, to_original
 from dsg.model.network.info import Resize
 from dsg.model.network.predictor import PreparedImage, Runtime
 
+_PARTS = ("boxes", "scores", "labels", "mask_probs")
 Program = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 
@@ -36,7 +36,7 @@ def load_program(path: Path, contract: Contract, device: torch.device) -> Progra
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated upstream; docs/export.md says so
             if contract.format is Format.TORCHSCRIPT:
-                return torch.jit.load(path, map_location=device).eval()  # type: ignore[no-any-return]
+                return torch.jit.load(path, map_location=device).eval()
             index = -1 if device.index is None else device.index
             return torch._inductor.aoti_load_package(str(path), device_index=index)
     except Exception as error:  # loaders of programs raise nearly anything
@@ -67,7 +67,6 @@ class ProgramRuntime(Runtime):
         results = []
         for number, item in enumerate(prepared):
             rows = wanted[number].nonzero()[:, 0]  # [n]
-            parts = (found[name][number, rows] for name in ("boxes", "scores", "labels", "mask_probs"))
-            own = Detections(*parts, image_size=(1, 1))
-            results.append(to_original(replace(own, image_size=item.original_size), item))
+            boxes, scores, labels, masks = (found[name][number, rows] for name in _PARTS)
+            results.append(to_original(Detections(boxes, scores, labels, masks, item.original_size), item))
         return results

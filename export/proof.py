@@ -3,7 +3,7 @@
 B images, K detections of an image, m side of a mask.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +83,9 @@ def compare(expected: Arrays, found: Arrays, tolerance: Tolerance) -> Comparison
             raise ValueError(f"{name} holds numbers that are not finite")
     total = NOTHING
     for image in range(len(expected["valid"])):
-        own = {name: array[image] for name, array in expected.items()}
-        other = {name: array[image] for name, array in found.items()}
-        total = total + _compare_image(own, other, tolerance)
+        wanted_rows = {name: array[image] for name, array in expected.items()}
+        found_rows = {name: array[image] for name, array in found.items()}
+        total = total + _compare_image(wanted_rows, found_rows, tolerance)
     return total
 
 
@@ -95,7 +95,7 @@ def _compare_image(expected: Arrays, found: Arrays, tolerance: Tolerance) -> Com
     rows = rows[: max(sure, _FEWEST_COMPARED)]  # they fall in score
     free = found["valid"].copy()
     matched, box, score, mask = 0, 0.0, 0.0, 0.0
-    for row in rows:
+    for row in rows.tolist():
         for partner in _nearest(expected, row, found, free, tolerance):
             moved = np.abs(expected["boxes"][row] - found["boxes"][partner]).max()
             changed = np.abs(expected["mask_probs"][row] - found["mask_probs"][partner]).max()
@@ -123,11 +123,3 @@ def _mask_iou(one: NDArray[Any], other: NDArray[Any]) -> float:
     differ = (first != second) & (np.abs(one - other) > 1e-3)
     union = int((first | second).sum())
     return 1.0 - int(differ.sum()) / union if union else 1.0
-
-
-def differing(results: Sequence[tuple[str, Comparison]], tolerance: Tolerance) -> str | None:
-    """The first case that keeps the tolerance not, in words."""
-    for name, comparison in results:
-        if comparison.share < tolerance.matched:
-            return f"{name}: {comparison}"
-    return None

@@ -1,8 +1,9 @@
-"""One writer a format: from the graph to a file that holds no contract yet. Each says which custom operators it uses."""
+"""One writer a format: from the graph to a file without a contract. Each says which custom operators it uses."""
 
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ def write_torchscript(graph: ExportGraph, path: Path, device: torch.device) -> t
 
 def _follow_images(program: torch.jit.ScriptModule) -> None:
     """New tensors are made where the images lie: the tracer writes down the device that it saw."""
-    graph = program.graph
+    graph: Any = program.graph  # a C++ class whose Python face is typed in part
     images = list(graph.inputs())[1]
     first = next(iter(graph.nodes()))
     constants = [

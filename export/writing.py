@@ -125,7 +125,9 @@ def _prove(
     tolerance = FLOAT32
     if contract.precision == "float16":
         halved = copy.deepcopy(detector).half()
-        kept = sum((compare(e, _run_eager(halved, c, device), FLOAT16) for e, c in zip(expected, cases)), NOTHING)  # noqa: B905
+        kept = NOTHING
+        for case, wanted in zip(cases, expected, strict=True):
+            kept = kept + compare(wanted, _run_eager(halved, case, device), FLOAT16)
         say(f"the model in float16 against itself in float32: {kept}")
         tolerance = replace(FLOAT16, matched=FLOAT16.matched * kept.share)
     ways: list[tuple[str, tuple[str, ...]]] = [("", ())]
@@ -169,7 +171,8 @@ def _run_fresh(path: Path, cases: Sequence[Case], device: torch.device, options:
         for number, case in enumerate(cases):
             arrays |= {f"{number}.images": case.images, f"{number}.sizes": case.sizes}
         np.savez(batches, **arrays)
-        command = [sys.executable, "-m", "dsg.export.proof_worker", path, batches, results, str(device), *options]
+        files = (str(file) for file in (path, batches, results))
+        command = [sys.executable, "-m", "dsg.export.proof_worker", *files, str(device), *options]
         # The file was written a moment ago, by this very process.
         environment = {**os.environ, "DSG_TRUST_CODE": "1"}
         ran = subprocess.run(command, env=environment, capture_output=True, text=True)

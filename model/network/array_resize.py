@@ -79,7 +79,7 @@ def _weighted_sum(
 ) -> NDArray[Any]:
     """Sum over k of weights[:, k] * pixels[first + k], along an axis."""
     along = (-1, 1, 1) if axis == 0 else (1, -1, 1)
-    total = np.zeros((), dtype=dtype)
+    total: NDArray[Any] = np.zeros((), dtype=dtype)
     for tap in range(weights.shape[1]):
         # where a tap lies beyond the picture its weight is 0
         index = np.minimum(first + tap, pixels.shape[axis] - 1)

@@ -70,7 +70,7 @@ class Detections:
         if isinstance(self.mask_probs, np.ndarray):
             from dsg.ops.array_masks import paste_arrays
 
-            return paste_arrays(self.mask_probs, self.boxes, self.image_size)  # type: ignore[return-value,arg-type]
+            return paste_arrays(self.mask_probs, self.boxes, self.image_size)
         from dsg.ops.masks import paste_masks  # torch comes in only where it is used
 
         return paste_masks(self.mask_probs, self.boxes, self.image_size)
@@ -80,7 +80,7 @@ class Detections:
         if isinstance(self.mask_probs, np.ndarray):
             from dsg.ops.array_masks import encode_arrays
 
-            return encode_arrays(self.mask_probs, self.boxes, self.image_size)  # type: ignore[arg-type]
+            return encode_arrays(self.mask_probs, self.boxes, self.image_size)
         from dsg.ops.masks import encode_masks  # torch comes in only where it is used
 
         return encode_masks(self.mask_probs, self.boxes, self.image_size)
@@ -153,7 +153,7 @@ class Detections:
             import torch
 
             fields = (self.boxes, self.scores, self.labels, self.mask_probs)
-            return Detections(*map(torch.from_numpy, fields), self.image_size).to(device)  # type: ignore[arg-type]
+            return Detections(*map(torch.from_numpy, fields), self.image_size).to(device)
         return Detections(
             self.boxes.to(device),
             self.scores.to(device),

@@ -37,7 +37,7 @@ class EagerRuntime(Runtime):
         self.model = model
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         """Where the network is."""
         return next(self.model.parameters()).device
 
