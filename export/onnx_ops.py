@@ -17,11 +17,13 @@ from typing import Any
 import onnx
 import torch
 from onnx import helper, parser
-from onnxscript import FLOAT, INT64, opset18
+from onnxscript import FLOAT, INT64, opset18, opset19
 from onnxscript.values import Op, Opset
 
 DOMAIN = "dsg"
 OPSET = 18
+DEFORMABLE_OPSET = 19
+"""The first with DeformConv."""
 _MAX_LEVELS = 8
 _DSG = Opset(DOMAIN, 1)
 _OP: Any = opset18  # typed more narrowly than it is used: an operator on symbols
@@ -65,13 +67,22 @@ _MANY = Op(
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """For `custom_translation_table` of torch.onnx.export: the ops of dsg, and a sort that it does not know."""
+    """For `custom_translation_table` of torch.onnx.export: the ops of dsg, and two of others that it does not know."""
+    import torchvision  # noqa: F401  registers its ops
+
     return {
         torch.ops.dsg.sg_roi_align.default: _sg_roi_align,
         torch.ops.dsg.multiscale_sg_roi_align.default: _multiscale_sg_roi_align,
         torch.ops.dsg.batched_nms.default: _batched_nms,
         torch.ops.aten.sort.stable: _stable_sort,
+        torch.ops.torchvision.deform_conv2d.default: _deform_conv2d,
     }
+
+
+def opset_of(program: torch.export.ExportedProgram) -> int:
+    """The version of ONNX's operators that a program needs."""
+    deforms = any(node.target is torch.ops.torchvision.deform_conv2d.default for node in program.graph.nodes)
+    return DEFORMABLE_OPSET if deforms else OPSET
 
 
 def _sg_roi_align(
@@ -157,19 +168,50 @@ def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bo
     return _OP.TopK(values, count, axis=dim, largest=int(descending), sorted=1)
 
 
+def _deform_conv2d(
+    features: Any,
+    weight: Any,
+    offset: Any,
+    mask: Any,
+    bias: Any,
+    stride_y: int,
+    stride_x: int,
+    pad_y: int,
+    pad_x: int,
+    dilation_y: int,
+    dilation_x: int,
+    groups: int,
+    offset_groups: int,
+    use_mask: bool,
+) -> Any:
+    return opset19.DeformConv(
+        features,
+        weight,
+        offset,
+        bias,
+        mask if use_mask else None,
+        strides=[stride_y, stride_x],
+        pads=[pad_y, pad_x, pad_y, pad_x],
+        dilations=[dilation_y, dilation_x],
+        group=groups,
+        offset_group=offset_groups,
+    )
+
+
 # --- bodies ---------------------------------------------------------------------------------------
 
 
 def add_bodies(model: onnx.ModelProto) -> None:
     """Give every node of `dsg` in the graph its body, as a function of the model."""
     overloads: dict[bytes, str] = {}
+    opset = next(opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
     for node in model.graph.node:
         if node.domain != DOMAIN:
             continue
         key = _same_but_for_names(node)
         if key not in overloads:
             overloads[key] = f"variant_{len(overloads)}"
-            model.functions.append(_body(node, overloads[key]))
+            model.functions.append(_body(node, overloads[key], opset))
         node.overload = overloads[key]
 
 
@@ -180,7 +222,7 @@ def _same_but_for_names(node: onnx.NodeProto) -> bytes:
     return twin.SerializeToString(deterministic=True)
 
 
-def _body(node: onnx.NodeProto, overload: str) -> onnx.FunctionProto:
+def _body(node: onnx.NodeProto, overload: str, opset: int) -> onnx.FunctionProto:
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     levels = [f"features_{level}" for level in range(len(node.input) - 2)]
     scales = given.get("spatial_scales") or [given["spatial_scale"]]
@@ -211,7 +253,7 @@ def _body(node: onnx.NodeProto, overload: str) -> onnx.FunctionProto:
         lines.append(_GUIDE.format(height=bins[0], width=bins[1], samples=samples))
     lines.append(_FINISH.format(result="averaged" if is_guided else "all_pooled"))
     text = (
-        f'<opset_import: ["" : {OPSET}], domain: "{DOMAIN}", overload: "{overload}">\n'
+        f'<opset_import: ["" : {opset}], domain: "{DOMAIN}", overload: "{overload}">\n'
         f"{node.op_type} (rois, prob, {', '.join(levels)}) => (output)\n{{\n" + "\n".join(lines) + "\n}"
     )
     return parser.parse_function(text)

@@ -15,11 +15,12 @@ def write_onnx(graph: ExportGraph, path: Path, device: torch.device) -> tuple[st
     """An ONNX file with the bodies of our ops, checked by onnx, its shapes inferred."""
     import onnx
 
-    from dsg.export.onnx_ops import OPSET, add_bodies, translations
+    from dsg.export.onnx_ops import add_bodies, opset_of, translations
 
+    recorded = record(graph, device)
     program = torch.onnx.export(
-        record(graph, device),
-        opset_version=OPSET,
+        recorded,
+        opset_version=opset_of(recorded),
         dynamo=True,
         input_names=list(INPUTS),
         output_names=list(OUTPUTS),

@@ -89,6 +89,8 @@ def export(
         say(f"writing {kind} of {info.name}" + (" (takes minutes)" if kind is Format.AOTI else ""))
         ops = _WRITERS[kind](ExportGraph(detector, half), written, target)
         contract = attach(written, replace(contract, ops=ops))
+        if contract.ops_are_needed:
+            say(f"whoever loads it must have loaded these operators before: {', '.join(contract.ops)}")
         say(f"proving it in a fresh process, checksum {contract.checksum[:12]}")
         _prove(written, contract, detector, target, made_up_cases() + cases_of_pictures(pictures, info), say)
         result = out / written.name

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
-from dsg.export.onnx_ops import OPSET, add_bodies, translations
+from dsg.export.onnx_ops import DEFORMABLE_OPSET, OPSET, add_bodies, opset_of, translations
 from dsg.export.op_library import OP_LIBRARY
 from dsg.ops import MultiScaleSgRoIAlign, SgRoIAlign
 
@@ -187,3 +187,43 @@ def test_nms_of_a_batch_of_another_size(batch, tmp_path) -> None:
             given[3] = torch.zeros_like(given[3])
         found = session.run(None, dict(zip(names, (tensor.numpy() for tensor in given), strict=True)))[0]
         assert np.array_equal(found, Nms()(*given).numpy())
+
+
+class Deformable(torch.nn.Module):
+    """A deformable convolution before the op: the two need different versions of ONNX's operators."""
+
+    def __init__(self, modulated: bool) -> None:
+        super().__init__()
+        self.modulated = modulated
+        self.weight = torch.nn.Parameter(torch.randn(6, 2, 3, 3))
+        self.op = SgRoIAlign(7, 1 / 4)
+
+    def forward(self, features, offsets, weights, rois):
+        from torchvision.ops import deform_conv2d
+
+        mask = weights if self.modulated else None
+        convolved = deform_conv2d(features, offsets, self.weight, stride=2, padding=1, mask=mask)
+        return self.op(convolved, rois)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_deformable_convolutions(modulated, tmp_path) -> None:
+    features, offsets = torch.randn(2, 4, 32, 40), 3 * torch.randn(2, 18, 16, 20)
+    given = (features, offsets, torch.rand(2, 9, 16, 20), some_rois(12, 2, 0))
+    recorded = torch.export.export(Deformable(modulated), given)
+    program = torch.onnx.export(
+        recorded, dynamo=True, opset_version=opset_of(recorded), custom_translation_table=translations(), verbose=False
+    )
+    model = program.model_proto
+    add_bodies(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert {opset.domain: opset.version for opset in model.opset_import}[""] == DEFORMABLE_OPSET
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    tensors = {
+        name: tensor.numpy() for name, tensor in zip(("features", "offsets", "weights", "rois"), given, strict=True)
+    }
+    found = session.run(None, {name: tensors[name] for name in names})[0]
+    with torch.no_grad():
+        wanted = recorded.module()(*given).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
