@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx
 import torch
+import torchvision  # noqa: F401  registers its deformable convolution
 from onnx import helper, parser
 from onnxscript import FLOAT, INT64, opset18, opset19
 from onnxscript.values import Op, Opset
@@ -68,8 +69,6 @@ _MANY = Op(
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """For `custom_translation_table` of torch.onnx.export: the ops of dsg, and two of others that it does not know."""
-    import torchvision  # noqa: F401  registers its ops
-
     return {
         torch.ops.dsg.sg_roi_align.default: _sg_roi_align,
         torch.ops.dsg.multiscale_sg_roi_align.default: _multiscale_sg_roi_align,
