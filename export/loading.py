@@ -59,7 +59,7 @@ def _runtime(path: Path, contract: Contract, device: str | None) -> Runtime:
     if contract.format is Format.ONNX:
         from dsg.export.onnx_runtime import OnnxRuntime
 
-        return OnnxRuntime(path, contract, device)
+        return OnnxRuntime(path, device)
     from dsg.export.program_runtime import ProgramRuntime
 
     return ProgramRuntime(path, contract, device)

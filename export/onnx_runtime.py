@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from dsg.export.contract import OUTPUTS, Contract, ExportError
+from dsg.export.contract import OUTPUTS, ExportError
 from dsg.export.op_library import OP_LIBRARY
 from dsg.export.padded import detections_of, stack_arrays
 from dsg.model.network.array_resize import resize_array
@@ -38,6 +38,7 @@ class OnnxNetwork:
         path: the file, already checked.
         device: "cpu", "cuda", "cuda:1"; None is a GPU where onnxruntime has one.
         with_library: run the op by the native library where that is there.
+        exact: no TensorFloat-32 on a GPU, which rounds the numbers that convolutions multiply to 10 bits.
         profile: prefix of a profile to write, None for none.
 
     Raises:
@@ -45,8 +46,15 @@ class OnnxNetwork:
         ExportError: a file that onnxruntime refuses.
     """
 
-    def __init__(self, path: Path, device: str | None, with_library: bool = True, profile: str | None = None) -> None:
-        self.device, providers = _providers(device)
+    def __init__(
+        self,
+        path: Path,
+        device: str | None,
+        with_library: bool = True,
+        exact: bool = False,
+        profile: str | None = None,
+    ) -> None:
+        self.device, providers = _providers(device, exact)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # warnings are about how it places nodes, and help no user
         self.has_library = with_library and os.environ.get("DSG_OPS") != "reference" and _register(options)
@@ -75,13 +83,12 @@ class OnnxRuntime(Runtime):
     What it gives holds torch tensors where torch is installed, as from every other runtime, and else NumPy arrays.
     """
 
-    def __init__(self, path: Path, contract: Contract, device: str | None) -> None:
+    def __init__(self, path: Path, device: str | None) -> None:
         self.network = OnnxNetwork(path, device)
         self.device = self.network.device
         ops = "native kernels of the op" if self.network.has_library else "the op by its body"
         self.description = f"onnxruntime {onnxruntime.__version__} on {self.device}, {ops}"
         self._gives_tensors = find_spec("torch") is not None
-        self._half = contract.precision == "float16"
 
     def prepare(self, image: Any, how: Resize) -> PreparedImage:
         pixels = _tensor_pixels(image) if type(image).__module__ == "torch" else picture_array(image)  # [H, W, 3]
@@ -102,7 +109,7 @@ def _tensor_pixels(image: Any) -> NDArray[Any]:
     return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
 
 
-def _providers(device: str | None) -> tuple[str, list[Any]]:
+def _providers(device: str | None, exact: bool) -> tuple[str, list[Any]]:
     """The device's name, and what onnxruntime is to use for it."""
     device = None if device is None else str(device)
     if device is not None and re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
@@ -118,7 +125,7 @@ def _providers(device: str | None) -> tuple[str, list[Any]]:
         )
     onnxruntime.preload_dlls()  # CUDA's libraries from the wheels of NVIDIA or torch, where they lie in no system path
     number = int(device.partition(":")[2] or 0)
-    return device, [(_CUDA, {"device_id": number}), _CPU]
+    return device, [(_CUDA, {"device_id": number, "use_tf32": 0 if exact else 1}), _CPU]
 
 
 def _has_gpu() -> bool:

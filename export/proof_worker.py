@@ -23,7 +23,7 @@ def main(file: str, batches: str, results: str, device: str, *options: str) -> N
         sys.modules["torch"] = None  # type: ignore[assignment]  # whoever imports it now fails
         from dsg.export.onnx_runtime import OnnxNetwork
 
-        run = OnnxNetwork(path, device, with_library="plain" not in options)
+        run = OnnxNetwork(path, device, with_library="plain" not in options, exact=True)
     else:
         import torch
 
@@ -31,6 +31,7 @@ def main(file: str, batches: str, results: str, device: str, *options: str) -> N
         from dsg.export.program_runtime import load_program
 
         check_trust(path, contract)
+        torch.backends.cudnn.allow_tf32 = False  # as the model beside it
         program = load_program(path, contract, torch.device(device))
 
         def run(images: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:  # type: ignore[misc]

@@ -15,7 +15,8 @@ def write_onnx(graph: ExportGraph, path: Path, device: torch.device) -> tuple[st
     """An ONNX file with the bodies of our ops, checked by onnx, its shapes inferred."""
     import onnx
 
-    from dsg.export.onnx_ops import add_bodies, opset_of, translations
+    from dsg.export.onnx_bodies import add_bodies
+    from dsg.export.onnx_ops import opset_of, translations
 
     recorded = record(graph, device)
     program = torch.onnx.export(

@@ -1,17 +1,20 @@
 """The command line and the service take an exported file where they take a checkpoint."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
-from fastapi.testclient import TestClient
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 import dsg.model
 from dsg.cli.main import run
-from dsg.service.app import create_app
-from dsg.service.settings import Settings
 
 
 @pytest.fixture(params=["onnx", "torchscript"])
@@ -75,15 +78,50 @@ def test_eval(exported, checkpoint, photos, tmp_path) -> None:
     assert scores[0] > 0.1 and scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
+PROGRAM = """
+import sys
+if sys.argv[1].endswith(".onnx"):
+    sys.modules["torch"] = None  # whoever imports it now fails
+from dsg.service.run import serve
+from dsg.service.settings import Settings
+serve(Settings(port=0, model=sys.argv[1], device="cpu"))
+"""
+
+
+@contextmanager
+def served(model: Path) -> Iterator[str]:
+    """The address of a server process, which ends with the context; one that serves ONNX cannot import torch."""
+    command = [sys.executable, "-c", PROGRAM, str(model)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("{") and json.loads(line)["event"] == "serving":
+            break
+    else:
+        raise AssertionError("".join(said))
+    try:
+        yield json.loads(said[-1])["url"]
+    finally:
+        process.terminate()
+        process.stderr.read()
+        assert process.wait() == 0
+
+
 def test_segment(exported, checkpoint, photos) -> None:
-    answers = []
-    for model in (exported, checkpoint):
-        with TestClient(create_app(Settings(model=str(model), device="cpu"))) as client:
-            assert list(client.get("/models").json()["models"][0].values())
-            answer = client.post("/segment", files=[("image", photo.read_bytes()) for photo in photos])
-            assert answer.status_code == 200, answer.text
-            answers.append(answer.json())
-    file, own = answers
-    assert file["info"] == {**own["info"], "model": "model"} and own["info"]["model"] == "random"
-    assert file["categories"] == own["categories"] and file["images"] == own["images"]
-    same_results(file["annotations"], own["annotations"])
+    predictor = dsg.model.load(checkpoint, "cpu")
+    files = [("image", (photo.name, photo.read_bytes(), "image/png")) for photo in photos]
+    with served(exported) as url:
+        answer = httpx.post(f"{url}/segment", files=files, timeout=60)
+    assert answer.status_code == 200, answer.text
+    document = answer.json()
+    assert document["info"]["model"] == "model" and document["info"]["hash"] == predictor.info.hash
+    assert [category["name"] for category in document["categories"]] == predictor.info.category_names
+    found = predictor.predict(photos)
+    wanted = [one for number, each in enumerate(found, 1) for one in each.to_coco(number, predictor.info.category_ids)]
+    assert len(wanted) > 10
+    same_results(document["annotations"], wanted)
+    masks = [coco_mask.decode(one["segmentation"]) for one in document["annotations"]]
+    own = [coco_mask.decode(one["segmentation"]) for one in wanted]
+    assert all((one != other).sum() <= 2 + one.sum() / 1000 for one, other in zip(masks, own, strict=True))

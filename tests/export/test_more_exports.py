@@ -15,7 +15,8 @@ import dsg.model
 from dsg.export.container import read_contract
 from dsg.export.contract import ExportError, Format
 from dsg.export.graph import ExportGraph
-from dsg.export.onnx_ops import OPSET, add_bodies, translations
+from dsg.export.onnx_bodies import add_bodies
+from dsg.export.onnx_ops import OPSET, translations
 from dsg.export.onnx_runtime import OnnxNetwork
 from dsg.export.op_library import OP_LIBRARY
 from dsg.export.writing import export
@@ -93,10 +94,10 @@ def test_compiled_package(checkpoint, pictures, tmp_path, monkeypatch):
 @pytest.mark.parametrize("half", [False, True])
 def test_compiled_package_on_a_gpu(half, checkpoint, pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("DSG_TRUST_CODE", "1")
-    torch.backends.cudnn.allow_tf32 = False
     path = export(checkpoint, Format.AOTI, tmp_path, device="cuda", half=half)
     assert read_contract(path).device == "cuda"
     if not half:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         agree(path, checkpoint, pictures, "cuda", atol=0.1)
 
 
@@ -113,7 +114,7 @@ def test_torchscript_traced_on_a_cpu_runs_on_a_gpu(torchscript_file, checkpoint,
 def test_onnx_on_a_gpu(with_library, onnx_file, checkpoint, pictures, tmp_path):
     if with_library and not OP_LIBRARY.is_file():
         pytest.skip("the library is not built here")
-    network = OnnxNetwork(onnx_file.path, "cuda", with_library, profile=str(tmp_path / "profile"))
+    network = OnnxNetwork(onnx_file.path, "cuda", with_library, exact=True, profile=str(tmp_path / "profile"))
     images = functional.interpolate(torch.rand(3, 3, 9, 12), (192, 256), mode="bicubic").clamp(0, 1)
     sizes = torch.tensor([[192, 256], [100, 200], [0, 0]])
     found = network(images.numpy(), sizes.numpy())
@@ -137,8 +138,7 @@ def test_onnx_on_a_gpu(with_library, onnx_file, checkpoint, pictures, tmp_path):
 @pytest.mark.skipif(not OP_LIBRARY.is_file(), reason="the library is not built here")
 @needs_cuda_provider
 @pytest.mark.parametrize("half", [False, True])
-def test_onnx_export_is_proven_on_a_gpu(half, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+def test_onnx_export_is_proven_on_a_gpu(half, checkpoint, tmp_path):
     said: list[str] = []
     export(checkpoint, Format.ONNX, tmp_path, device="cuda", half=half, say=said.append)
     assert len([line for line in said if line.startswith("the op by its")]) == 2
@@ -169,7 +169,6 @@ class BeforeSuppression(torch.nn.Module):
 )
 def test_r50_before_suppression(device, make_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     network = dsg.model.load(make_checkpoint(tmp_path / "r50.safetensors", "dsg_r50_fpn"), device).model
     images = functional.interpolate(torch.rand(2, 3, 9, 12), (320, 416), mode="bicubic").clamp(0, 1)
     corner = torch.rand(40, 2) * 250
@@ -188,7 +187,9 @@ def test_r50_before_suppression(device, make_checkpoint, tmp_path, monkeypatch):
     model = program.model_proto
     add_bodies(model)
     onnx.save(model, tmp_path / "m.onnx")
-    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
+    onnxruntime.preload_dlls()
+    on_gpu = [("CUDAExecutionProvider", {"use_tf32": 0}), "CPUExecutionProvider"]
+    providers = on_gpu if device == "cuda" else ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=providers)
     found = session.run(None, dict(zip(("images", "sizes", "rois"), (tensor.numpy() for tensor in given), strict=True)))
     with torch.inference_mode():

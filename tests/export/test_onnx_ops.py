@@ -11,7 +11,8 @@ import onnxruntime
 import pytest
 import torch
 
-from dsg.export.onnx_ops import DEFORMABLE_OPSET, OPSET, add_bodies, opset_of, translations
+from dsg.export.onnx_bodies import add_bodies
+from dsg.export.onnx_ops import DEFORMABLE_OPSET, OPSET, opset_of, translations
 from dsg.export.op_library import OP_LIBRARY
 from dsg.ops import MultiScaleSgRoIAlign, SgRoIAlign
 
