@@ -30,13 +30,14 @@ class ExportGraph(nn.Module):
     Args:
         detector: in eval mode; it is left as it is.
         half: compute in float16; boxes and scores stay float32, and so do inputs and outputs.
+        channels_last: lay weights, and with them features, out as PyTorch's convolutions and SgRoIAlign are quickest.
     """
 
-    def __init__(self, detector: Detector, half: bool) -> None:
+    def __init__(self, detector: Detector, half: bool, channels_last: bool = False) -> None:
         super().__init__()
         self.detector = copy.deepcopy(detector).eval().requires_grad_(False)
         fold_norms(self.detector)
-        self.detector.to(memory_format=torch.contiguous_format)
+        self.detector.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         self._half = half
         if half:
             self.detector.half()

@@ -91,7 +91,9 @@ class OnnxRuntime(Runtime):
         self._gives_tensors = find_spec("torch") is not None
 
     def prepare(self, image: Any, how: Resize) -> PreparedImage:
-        pixels = _tensor_pixels(image) if type(image).__module__ == "torch" else picture_array(image)  # [H, W, 3]
+        pixels = (
+            _tensor_pixels(image) if type(image).__module__.partition(".")[0] == "torch" else picture_array(image)
+        )  # [H, W, 3]
         resized = resize_array(pixels, how).transpose(2, 0, 1)  # [3, h, w]
         return PreparedImage(resized, pixels.shape[:2], padded_size(*resized.shape[-2:]))
 

@@ -87,7 +87,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=".dsg-export-", dir=out) as folder:
         written = Path(folder) / f"model{kind.suffix}"
         say(f"writing {kind} of {info.name}" + (" (takes minutes)" if kind is Format.AOTI else ""))
-        ops = _WRITERS[kind](ExportGraph(detector, half), written, target)
+        ops = _WRITERS[kind](ExportGraph(detector, half, channels_last=kind is not Format.ONNX), written, target)
         contract = attach(written, replace(contract, ops=ops))
         if contract.ops_are_needed:
             say(f"whoever loads it must have loaded these operators before: {', '.join(contract.ops)}")
