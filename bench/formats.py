@@ -116,13 +116,13 @@ def _prepare(
 def _onnx_run(network: OnnxNetwork, device: torch.device) -> Run:
     """A session whose inputs and outputs stay on the device."""
     kind, number = device.type, device.index or 0
-    binding = network.session.io_binding()
-    for output in network.session.get_outputs():
-        binding.bind_output(output.name, kind, number)
 
     def run_bound(images: Tensor, sizes: Tensor) -> None:
+        binding = network.session.io_binding()
         for name, tensor, dtype in (("images", images, np.float32), ("sizes", sizes, np.int64)):
             binding.bind_input(name, kind, number, dtype, tuple(tensor.shape), tensor.data_ptr())
+        for output in network.session.get_outputs():
+            binding.bind_output(output.name, kind, number)
         network.session.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
