@@ -41,7 +41,7 @@ def box_windows(
         half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * ((side + 2) / side)  # [N, 2]
         centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
         grown = np.concatenate((centre - half, centre + half), axis=1)  # [N, 4]
-    finite: NDArray[np.bool_] = np.isfinite(grown).all(axis=1)  # [N]
+    finite = np.all(np.isfinite(grown), axis=1).tolist()  # [N]
     corners = np.nan_to_num(grown).clip(-_FURTHEST, _FURTHEST).astype(np.int64).tolist()
     for index, (x1, y1, x2, y2) in enumerate(corners):
         top, bottom = max(y1, 0), min(y2 + 1, height)

@@ -136,7 +136,9 @@ class Detections:
             if highest > len(score_threshold):
                 raise ValueError(f"detections: label {highest} has no threshold, there are {len(score_threshold)}")
             is_array = isinstance(self.scores, np.ndarray)
-            of_labels = np.float32(score_threshold) if is_array else self.scores.new_tensor(score_threshold)
+            of_labels: Any = (
+                np.array(score_threshold, np.float32) if is_array else self.scores.new_tensor(score_threshold)
+            )
             least = of_labels[self.labels - 1]  # [n]
         else:
             least = score_threshold
