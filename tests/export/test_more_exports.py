@@ -54,7 +54,7 @@ def test_the_rejected_design_and_class_agnostic_masks(make_checkpoint, pictures,
 @pytest.mark.slow
 def test_adaptive_sampling_with_guidance_is_refused_for_onnx(make_checkpoint, tmp_path):
     checkpoint = make_checkpoint(tmp_path / "random.safetensors", "dsg_lite0_fpn", roi_sampling_ratio=0)
-    with pytest.raises(ExportError, match="random has no onnx export: .* use 1 or more"):
+    with pytest.raises(ExportError, match=r"random has no onnx export: .* use 1 or more"):
         export(checkpoint, Format.ONNX, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
