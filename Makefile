@@ -4,7 +4,7 @@
 #   OPS=auto            what to build of the op: auto, off, cpu, cuda
 #   OFFLINE=1           no network: torch comes from PYTHON's own packages, the rest from .wheelhouse
 #   TORCH_INDEX=URL     a further package index for torch, such as https://download.pytorch.org/whl/cpu
-#   CONFIG= DATA= IMAGES= OUT= MODEL= ARGS=   for the targets that say so
+#   CONFIG= DATA= IMAGES= OUT= MODEL= FORMAT= ARGS=   for the targets that say so
 
 PYTHON ?= python3
 OPS ?= auto
@@ -15,6 +15,8 @@ IMAGES ?=
 OUT ?=
 ARGS ?=
 TARGET ?= cpu
+FORMAT ?= onnx
+ORT_INCLUDE ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,13 +31,20 @@ ifdef TORCH_INDEX
 PIP += --extra-index-url $(TORCH_INDEX)
 endif
 
+ORT_DEBIAN := build/onnxruntime
+ORT_HEADER := $(ORT_DEBIAN)/out/usr/include/onnxruntime/onnxruntime_cxx_api.h
+ORT_APT := -o Dir::State::lists=$(CURDIR)/$(ORT_DEBIAN)/lists -o Dir::Cache=$(CURDIR)/$(ORT_DEBIAN)/cache \
+  -o Dir::Etc::sourcelist=$(CURDIR)/$(ORT_DEBIAN)/sources.list -o Dir::Etc::sourceparts=/dev/null \
+  -o Dir::Etc::preferencesparts=/dev/null -o Dir::State::status=/dev/null -o APT::Sandbox::User=root
+
 PACKAGING := pyproject.toml setup.py
 KERNELS := setup.py $(shell find ops/csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # one pip at a time in one .venv
-.PHONY: help setup ops serve train needs-data test test-all test-gpu bench check typing wheel wheelhouse image clean
+.PHONY: help setup ops serve train needs-data test test-all test-gpu export onnx-ops bench check typing wheel \
+  wheelhouse image clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.12] [OPS=auto|off|cpu|cuda] [OFFLINE=1] [TORCH_INDEX=URL]"
@@ -61,6 +70,12 @@ test-all: $(STAMP)-test $(STAMP)-ops ## the same and the long ones, under 45 min
 test-gpu: $(STAMP)-test $(STAMP)-ops ## the checks that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+export: $(STAMP)-test $(STAMP)-ops ## export a model and prove the file (MODEL=, FORMAT=onnx|torchscript|aoti OUT=runs/export ARGS=--half)
+	$(BIN)/dsg export --format $(FORMAT) $(if $(MODEL),--model $(MODEL)) --out $(or $(OUT),runs/export) $(ARGS)
+
+onnx-ops: $(STAMP)-test $(if $(ORT_INCLUDE),,$(ORT_HEADER)) ## the op's native kernels for onnxruntime (ORT_INCLUDE=folder of its headers)
+	DSG_ORT_INCLUDE=$(or $(ORT_INCLUDE),$(dir $(ORT_HEADER))) DSG_BUILD_OPS=$(OPS) $(BIN)/python setup.py build_ext --inplace
+
 bench: $(STAMP)-test $(STAMP)-ops ## measure, into bench/results (OUT=bench/results/ops.json)
 	$(BIN)/dsg bench ops --out $(or $(OUT),bench/results/ops.json) $(ARGS)
 
@@ -76,7 +91,7 @@ typing:
 wheel: $(STAMP)-test ## sdist and wheel with kernels and weights, in dist/
 	rm -rf build/lib* build/bdist* build/temp* dist
 	$(BIN)/python -m build --no-isolation --sdist .
-	DSG_BUILD_OPS=$(OPS) DSG_CUDA_ARCHS=all $(BIN)/python -m build --no-isolation --wheel .
+	DSG_BUILD_OPS=$(OPS) DSG_CUDA_ARCHS=all $(if $(ORT_INCLUDE),DSG_ORT_INCLUDE=$(ORT_INCLUDE)) $(BIN)/python -m build --no-isolation --wheel .
 	@ls -l dist
 
 wheelhouse: $(WHEELHOUSE)/.stamp ## wheels for a GPU machine without network (Python 3.12), in .wheelhouse
@@ -124,6 +139,15 @@ $(STAMP)-check: $(PACKAGING) | $(STAMP)-venv
 $(STAMP)-ops: $(KERNELS) | $(STAMP)-serve
 	DSG_BUILD_OPS=$(OPS) $(BIN)/python setup.py build_ext --inplace
 	@touch $@
+
+# No wheel of onnxruntime holds its headers, and Debian's package does: fetched here, and not installed.
+$(ORT_HEADER):
+	@mkdir -p $(ORT_DEBIAN)/lists/partial $(ORT_DEBIAN)/cache/archives/partial
+	@echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main" \
+	  > $(ORT_DEBIAN)/sources.list
+	@{ apt-get $(ORT_APT) -qq update && cd $(ORT_DEBIAN) && apt-get $(ORT_APT) -qq download libonnxruntime-dev && \
+	  dpkg-deb -x libonnxruntime-dev*.deb out; } || \
+	  { echo "no headers of onnxruntime: give the folder of onnxruntime_cxx_api.h as ORT_INCLUDE=" >&2; exit 2; }
 
 # torch and torchvision stay out: they are large, and such a machine has its own.
 $(WHEELHOUSE)/.stamp: pyproject.toml .ci/wheelhouse.txt

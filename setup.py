@@ -2,6 +2,9 @@
 
 DSG_BUILD_OPS   off (default): no kernel, plain PyTorch runs. cpu: the CPU kernel. cuda: the CPU and the CUDA
                 kernel. auto: what this machine can build and use, and one line about each that it can't.
+DSG_ORT_INCLUDE a folder with onnxruntime_cxx_api.h (1.21 or later): builds the op's kernels for onnxruntime too,
+                for the CPU, and for CUDA in the same library where DSG_BUILD_OPS says cuda, or says auto and there
+                is an nvcc. `make onnx-ops` fetches the headers.
 DSG_CUDA_ARCHS  for instance "80,90": compute capabilities to compile for; "all": 7.5 to 12.0, with PTX for
                 later ones. Default: that of the GPUs in this machine, or all where there is none.
 CXX, CUDA_HOME  another compiler, another CUDA toolkit.
@@ -35,11 +38,15 @@ class CannotBuild(Exception):
 
 
 class KernelExtension(Extension):
-    """`device` is "cpu" or "cuda"; `optional`: a failure is reported and passed over."""
+    """`device`: the folder of its sources: "cpu", "cuda", and for other programs "schemas" and "onnxruntime".
+
+    `optional`: a failure is reported and passed over.
+    """
 
     def __init__(self, device: str, optional: bool) -> None:
-        suffix = {"cpu": "*.cpp", "cuda": "*.cu"}[device]
-        sources = [str(path.relative_to(ROOT)) for path in sorted((CSRC / device).glob(suffix))]
+        patterns = ["*.cu"] if device == "cuda" else ["*.cpp", "*.cu"]
+        found = sorted(path for pattern in patterns for path in (CSRC / device).glob(pattern))
+        sources = [str(path.relative_to(ROOT)) for path in found]
         super().__init__(f"dsg.ops._C_{device}", sources, optional=optional)
         self.device = device
 
@@ -54,7 +61,8 @@ class BuildKernels(build_ext):
         assert isinstance(ext, KernelExtension)
         target = Path(self.get_ext_fullpath(ext.name))
         try:
-            command = cuda_command(ext) if ext.device == "cuda" else cpu_command(ext)
+            make_command = {"cuda": cuda_command, "onnxruntime": onnxruntime_command}.get(ext.device, cpu_command)
+            command = make_command(ext)
             self._compile(ext, command, target)
         except CannotBuild as reason:
             if not ext.optional:
@@ -108,28 +116,47 @@ def torch_flags(libraries: tuple[str, ...]) -> list[str]:
     return ["-isystem", str(folder / "include"), "-L", str(folder / "lib"), *linked]
 
 
+CPU_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+
 def cpu_command(ext: KernelExtension) -> list[str]:
+    keep = ["-Wl,--no-as-needed"] if sys.platform == "linux" else []
+    defines = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}"]
+    return [*cpu_compiler(), *CPU_FLAGS, *defines, *ext.sources, *keep, *torch_flags(("torch_cpu",))]
+
+
+def onnxruntime_command(ext: KernelExtension) -> list[str]:
+    """Of torch it takes headers alone; CUDA's runtime is linked in, so that it loads where there is no CUDA."""
+    headers = Path(os.environ.get("DSG_ORT_INCLUDE", ""))
+    if not (headers / "onnxruntime_cxx_api.h").is_file():
+        raise CannotBuild(f"no onnxruntime_cxx_api.h in DSG_ORT_INCLUDE={headers}")
+    includes = [*torch_flags(())[:2], "-isystem", str(headers.absolute()), f"-DTORCH_TARGET_VERSION={TARGET_TORCH}"]
+    nvcc = find_nvcc()
+    if nvcc is None and os.environ.get("DSG_BUILD_OPS") == "cuda":
+        raise CannotBuild("no nvcc (set CUDA_HOME)")
+    if nvcc is None or os.environ.get("DSG_BUILD_OPS") == "cpu":
+        sources = [source for source in ext.sources if source.endswith(".cpp")]
+        return [*cpu_compiler(), *CPU_FLAGS, "-Wno-unused-function", *includes, *sources]
+    compiler = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    codes = cuda_codes(cuda_archs(only_present=False))
+    options = ["-O3", "-std=c++20", "-shared", "--threads", "0", "-cudart", "static", "-DDSG_WITH_CUDA", "-DUSE_CUDA"]
+    return [nvcc, *options, *compiler, *includes, *codes, *ext.sources]
+
+
+def cpu_compiler() -> list[str]:
     wanted = shlex.split(os.environ.get("CXX", ""))
     found = next((name for name in (wanted[:1] or ["c++", "g++", "clang++"]) if shutil.which(name)), None)
     if found is None:
         raise CannotBuild(f"no C++ compiler ({' '.join(wanted) or 'c++, g++ or clang++'})")
-    flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    keep = ["-Wl,--no-as-needed"] if sys.platform == "linux" else []
-    defines = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}"]
-    return [found, *wanted[1:], *flags, *defines, *ext.sources, *keep, *torch_flags(("torch_cpu",))]
+    return [found, *wanted[1:]]
 
 
 def cuda_command(ext: KernelExtension) -> list[str]:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which(str(Path(home) / "bin" / "nvcc") if home else "nvcc")
+    nvcc = find_nvcc()
     if nvcc is None:
         raise CannotBuild("no nvcc (set CUDA_HOME)")
     libraries = torch_flags(("torch_cpu", "torch_cuda"))
-    codes = []
-    archs = cuda_archs(only_present=ext.optional)
-    for arch in archs:
-        codes += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    codes += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX, for later GPUs
+    codes = cuda_codes(cuda_archs(only_present=ext.optional))
     flags = [
         "-O3",
         "-std=c++20",
@@ -141,6 +168,18 @@ def cuda_command(ext: KernelExtension) -> list[str]:
     ]
     defines = [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", "-DUSE_CUDA"]
     return [nvcc, *flags, *defines, *codes, *ext.sources, "-Xlinker", "--no-as-needed", *libraries]
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which(str(Path(home) / "bin" / "nvcc") if home else "nvcc")
+
+
+def cuda_codes(archs: list[str]) -> list[str]:
+    codes = []
+    for arch in archs:
+        codes += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    return [*codes, "-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX, for later GPUs
 
 
 def cuda_archs(only_present: bool) -> list[str]:
@@ -168,7 +207,9 @@ def extensions() -> list[KernelExtension]:
     mode = os.environ.get("DSG_BUILD_OPS", "off")
     if mode not in MODES:
         raise SystemExit(f"error: DSG_BUILD_OPS must be one of {', '.join(MODES)}, got {mode!r}")
-    devices = {"off": (), "cpu": ("cpu",)}.get(mode, ("cpu", "cuda"))
+    devices = {"off": (), "cpu": ("cpu", "schemas")}.get(mode, ("cpu", "schemas", "cuda"))
+    if devices and os.environ.get("DSG_ORT_INCLUDE"):
+        devices = (*devices, "onnxruntime")
     return [KernelExtension(device, optional=mode == "auto") for device in devices]
 
 

@@ -28,6 +28,11 @@ def compare(
     return statistics.median(times[0]), statistics.median(times[1])
 
 
+def milliseconds_of(run: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Times of one function in milliseconds, after 3 runs that do not count."""
+    return [_once(run, device) for _ in range(_WARM_UP + repeats)][_WARM_UP:]
+
+
 def _once(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -64,3 +64,40 @@ def service(
     draw(out.with_suffix(".png"), figures, f"{model} on {report.device_name(chosen)}")
     for row in figures.rows:
         typer.echo(f"{row.value:10.3f} {row.unit}  baseline {row.baseline:10.3f}  x{row.ratio:<6} {row.case}")
+
+
+def model(
+    out: Annotated[Path, typer.Option(help="JSON file to write; its stem is the name.", show_default=False)],
+    name: Annotated[
+        str, typer.Option("--model", help="A name that `dsg models` lists, or a checkpoint.")
+    ] = DEFAULT_MODEL,
+    formats: Annotated[
+        str, typer.Option(help="Comma separated: eager, compiled, torchscript, onnx, onnx-body, aoti.")
+    ] = "eager,compiled,torchscript,onnx,onnx-body,aoti",
+    batch: Annotated[list[int] | None, typer.Option(help="Pictures in a batch; may be given again.", min=1)] = None,
+    half: Annotated[bool, typer.Option("--half", help="Everything in float16.")] = False,
+    repeats: Annotated[int, typer.Option(help="Measurements of each case; the median counts.", min=1)] = 20,
+    device: DeviceOption = None,
+) -> None:
+    """Pictures a second of one network: eager, compiled, and from each exported file, side by side.
+
+    The files are exported, and proven, first. onnx-body runs the ONNX file without the native kernels of the op.
+    """
+    import torch
+
+    from dsg.bench import report
+    from dsg.bench.formats import Way, run
+    from dsg.model.network.eager import present_device
+
+    wanted = formats.split(",")
+    unknown = sorted(set(wanted) - {way.value for way in Way})
+    if unknown:
+        raise ValueError(f"unknown format {', '.join(unknown)}; known are {', '.join(way.value for way in Way)}")
+    chosen = present_device(device)
+    report.commit()  # an unknown commit should show before the measuring, not after
+    typer.echo(f"{report.device_name(chosen)}; torch {torch.__version__}", err=True)
+    say = lambda line: typer.echo(line, err=True)  # noqa: E731
+    rows = run(name, chosen, [Way(one) for one in wanted], batch or [1, 8], repeats, half, say)
+    report.write(out, rows, chosen)
+    for row in rows:
+        typer.echo(f"{row.value:10.2f} {row.unit}  x{row.ratio:<6} {row.case}")

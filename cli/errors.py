@@ -29,6 +29,9 @@ _EXTRA_OF_PACKAGE = {
     "httpx": "client",
     "litserve": "bench",
     "matplotlib": "bench",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "onnx",
 }
 
 

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "dsg_lite0_coco"
 
-ModelOption = Annotated[str, typer.Option("--model", help="A name that `dsg models` lists, or a .safetensors file.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A name that `dsg models` lists, a checkpoint, or an exported file.")
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="cpu, cuda or cuda:1; the first GPU if there is one, else the CPU."),
@@ -20,10 +22,10 @@ _PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def load_predictor(model: str, device: str | None) -> "Predictor":
-    """A Predictor for a shipped name or a checkpoint file.
+    """A Predictor for a shipped name, a checkpoint or an exported file.
 
     Raises:
-        ValueError: an unknown name, or a file that is no checkpoint, or no such device here.
+        ValueError: an unknown name, or a file that cannot be run, or no such device here.
         FileNotFoundError: no such file.
     """
     from dsg.export import load

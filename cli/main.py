@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dsg.cli import bench, data, errors, evaluate, import_weights, models, predict, serve, train
+from dsg.cli import bench, data, errors, evaluate, export, import_weights, models, predict, serve, train
 
 app = typer.Typer(
     add_completion=False,
@@ -20,14 +20,15 @@ app.command("serve")(serve.serve)
 app.command("predict")(predict.predict)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("import-weights")(import_weights.import_weights)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at annotation files.")
 data_app.command("check")(data.check)
 app.add_typer(data_app, name="data")
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure, for bench/results.")
-bench_app.callback()(lambda: None)  # with a callback, typer keeps the only subcommand's name
 bench_app.command("ops")(bench.ops)
 bench_app.command("service")(bench.service)
+bench_app.command("model")(bench.model)
 app.add_typer(bench_app, name="bench")
 
 

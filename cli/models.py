@@ -15,6 +15,8 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
     typer.echo("Presets (trainable parameters with 80 classes):")
     for preset in presets:
         typer.echo(f"  {preset['name']:<24} {preset['parameters'] / 1e6:7.2f} M")
+        for kind, reason in preset["no_export"].items():
+            typer.echo(f"  {'':<24} no {kind} export: {reason}")
     typer.echo("Weights in this package:")
     for weight in weights:
         names = ", ".join(weight["classes"][:4]) + (", ..." if len(weight["classes"]) > 4 else "")
@@ -33,9 +35,11 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
 
 
 def _presets() -> list[dict[str, Any]]:
-    """Every preset with the number of its parameters, counted without making a single tensor."""
+    """Every preset with its exports and the number of its parameters, counted without making a single tensor."""
     import torch
 
+    from dsg.export.contract import Format
+    from dsg.export.exportable import refusals
     from dsg.model import build, presets
 
     counted = []
@@ -43,7 +47,9 @@ def _presets() -> list[dict[str, Any]]:
         with torch.device("meta"):
             network = build(name)
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        counted.append({"name": name, "parameters": parameters})
+        refused = refusals(network.config)
+        exports = [kind.value for kind in Format if kind.value not in refused]
+        counted.append({"name": name, "parameters": parameters, "exports": exports, "no_export": refused})
     return counted
 
 

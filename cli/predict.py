@@ -56,14 +56,14 @@ def _one_picture(
     max_detections: int | None,
 ) -> list[dict[str, Any]]:
     """COCO results of one picture, in falling score; writes its overlay."""
-    from dsg.model.network.pixels import image_tensor
+    from dsg.model.network.pixels import picture_array
     from dsg.service.overlay import draw_instances
 
-    pixels = image_tensor(path)  # uint8 [3, H, W]
+    pixels = picture_array(path)  # uint8 [H, W, 3]
     (found,) = predictor.predict([pixels], score_threshold, max_detections)
     results = found.to_coco(image_id, predictor.info.category_ids)
     names = {category.id: category.name for category in predictor.info.categories}
-    draw_instances(pixels.permute(1, 2, 0).numpy(), results, names).save(overlay)
+    draw_instances(pixels, results, names).save(overlay)
     return results
 
 

@@ -1,11 +1,14 @@
 """`dsg train`: a recipe and annotation files in, a run folder out."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dsg.cli.loading import DeviceOption
+
+if TYPE_CHECKING:
+    from dsg.model.training.config import Recipe
 
 
 def train(
@@ -55,6 +58,7 @@ def train(
     from dsg.model.training.run import train as run_training
 
     recipe = load_recipe(config, settings or ())
+    _say_what_cannot_be_exported(recipe)
     run_training(
         recipe,
         data,
@@ -66,3 +70,15 @@ def train(
         resume=resume,
         device=device,
     )
+
+
+def _say_what_cannot_be_exported(recipe: "Recipe") -> None:
+    """Whoever wants to deploy a network should learn this before training it, not after."""
+    if recipe.build_file is not None:
+        typer.echo("note: dsg export takes presets only, not a network of a recipe's own code", err=True)
+        return
+    from dsg.export.exportable import refusals
+    from dsg.model.network.presets import preset_config
+
+    for kind, reason in refusals(preset_config(recipe.model, **recipe.overrides)).items():
+        typer.echo(f"note: this network will have no {kind} export: {reason}", err=True)

@@ -1,6 +1,6 @@
-"""From a trained model to what runs it: the one door through which service and command line get a Predictor.
+"""From a trained model to files that run anywhere, and the one door to a Predictor for any of them.
 
-Today that is a checkpoint, run by PyTorch. Files for other runtimes (ONNX, TorchScript, AOTInductor) belong here.
+`load` needs torch only for what runs in torch. `writing.export` makes the files.
 """
 
 from dsg.export.loading import load

@@ -14,7 +14,7 @@ size of a window (what of a box lies in the picture).
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsg.ops.rle import counts_to_strings, window_counts
+from dsg.ops.windows import Window, box_windows
 
 # A box of at most this many times its visible pixels is resized whole, by PyTorch, and then cut; so are all
 # small boxes, for which PyTorch's CPU kernel uses another arithmetic than the one that `_window_values`
@@ -33,22 +34,6 @@ _WHOLE_BOX_PIXELS = 1 << 14
 _BLOCK_PIXELS = 1 << 20
 # Bits of several masks leave an accelerator together, in transfers of about this many bytes.
 _TRANSFER_PIXELS = 1 << 26
-# Corners are held within this: further than any picture reaches, exact in float32, and far from int64's end.
-_FURTHEST = 1 << 40
-
-
-class _Window(NamedTuple):
-    """Where one box shows in the picture; rows and columns are half open."""
-
-    number: int
-    top: int
-    bottom: int
-    left: int
-    right: int
-    box_top: int
-    box_left: int
-    box_height: int
-    box_width: int
 
 
 def paste_masks(
@@ -90,7 +75,7 @@ def encode_masks(
     probs = _checked(probs, boxes, image_size)
     nothing = window_counts(np.zeros((0, 0), dtype=np.bool_), 0, 0, image_size)
     counts = [nothing] * len(probs)
-    waiting: list[tuple[_Window, Tensor]] = []
+    waiting: list[tuple[Window, Tensor]] = []
     pixels = 0
     for window, bits in _pasted_windows(probs, boxes, image_size, threshold):
         waiting.append((window, bits))
@@ -104,7 +89,7 @@ def encode_masks(
 
 
 def _count_runs(
-    windows: list[tuple[_Window, Tensor]],
+    windows: list[tuple[Window, Tensor]],
     image_size: tuple[int, int],
     counts: list[NDArray[np.int64]],
 ) -> None:
@@ -141,10 +126,13 @@ def _pasted_windows(
     boxes: Tensor,  # [N, 4]
     image_size: tuple[int, int],
     threshold: float,
-) -> Iterator[tuple[_Window, Tensor]]:
+) -> Iterator[tuple[Window, Tensor]]:
     """Each mask that shows in the picture: its window, and the window's bits, [h, w] on probs' device."""
     padded = F.pad(probs, (1, 1, 1, 1))  # [N, m + 2, m + 2]
-    for window in _windows(boxes, probs.shape[-1], image_size):
+    # The dtype of the boxes decides how their corners round; half precision could not hold corners at all.
+    corners = boxes.detach().cpu()
+    corners = corners if corners.dtype == torch.float64 else corners.float()
+    for window in box_windows(corners.numpy(), probs.shape[-1], image_size):
         mask = padded[window.number]  # [m + 2, m + 2]
         visible = (window.bottom - window.top) * (window.right - window.left)
         rows = slice(window.top - window.box_top, window.bottom - window.box_top)
@@ -155,24 +143,6 @@ def _pasted_windows(
             yield window, resized[0, 0, rows, columns] >= threshold
         else:
             yield window, _window_bits(mask, size, rows, columns, threshold)
-
-
-def _windows(boxes: Tensor, side: int, image_size: tuple[int, int]) -> Iterator[_Window]:
-    """Integer boxes grown for the border and cut by the picture, without those that miss it."""
-    height, width = image_size
-    # The dtype of the boxes decides how their corners round; half precision could not hold corners at all.
-    boxes = boxes.detach().cpu()
-    boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
-    half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * ((side + 2) / side)  # [N, 2]
-    centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
-    grown = torch.cat((centre - half, centre + half), dim=1)  # [N, 4]
-    finite = grown.isfinite().all(dim=1).tolist()
-    corners = grown.nan_to_num().clamp(-_FURTHEST, _FURTHEST).to(torch.int64).tolist()
-    for index, (x1, y1, x2, y2) in enumerate(corners):
-        top, bottom = max(y1, 0), min(y2 + 1, height)
-        left, right = max(x1, 0), min(x2 + 1, width)
-        if finite[index] and top < bottom and left < right:
-            yield _Window(index, top, bottom, left, right, y1, x1, y2 - y1 + 1, x2 - x1 + 1)
 
 
 def _window_bits(

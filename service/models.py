@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from dsg.model.network.predictor import Predictor, PreparedImage
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_SUFFIX = ".safetensors"
+_SUFFIXES = (".safetensors", ".onnx", ".ts", ".pt2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,9 @@ def load_predictor(name_or_path: str, device: str | None) -> "Predictor":
 
 
 def kernel_in_use() -> str:
-    """Which implementation of the shape-guided op runs, for the log."""
+    """Which implementation of the shape-guided op runs in torch, for the log."""
+    if find_spec("torch") is None:
+        return "no torch here, exported files bring their own"
     from dsg import ops
 
     return ops.kernel_name()
@@ -165,9 +168,11 @@ class Models:
     def _in_model_dir(self, name: str) -> Path | None:
         if self._model_dir is None:
             return None
-        path = self._model_dir / f"{name.removesuffix(_SUFFIX)}{_SUFFIX}"
-        return path if path.is_file() else None
+        endings = ("",) if name.endswith(_SUFFIXES) else _SUFFIXES
+        files = [self._model_dir / f"{name}{ending}" for ending in endings]
+        return next((path for path in files if path.is_file()), None)
 
 
 def _served_name(asked: str) -> str:
-    return Path(asked).name.removesuffix(_SUFFIX)
+    path = Path(asked)
+    return path.stem if path.suffix in _SUFFIXES else path.name

@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     )
     model_dir: Path | None = Field(
         None,
-        description="folder of NAME.safetensors files for DSG_MODEL and /models/reload (default: none)",
+        description="folder of checkpoints and exported files for DSG_MODEL and /models/reload (default: none)",
     )
     reload_key: Annotated[SecretStr, StringConstraints(min_length=16)] | None = Field(
         None,

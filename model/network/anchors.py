@@ -34,11 +34,12 @@ class AnchorGenerator(nn.Module):
         Args:
             levels: features [B, C, Hf, Wf], finest first, the first at stride 4.
             padded_size: (height, width) of the batch.
-            dtype: of the boxes.
+            dtype: of the features; the boxes are float32 where it is narrower.
 
         Returns:
             a Tensor[Hf * Wf * A, 4] a level, rows in the order (row, column, size and ratio).
         """
+        dtype = torch.promote_types(dtype, torch.float32)  # half precision holds no pixel coordinate above 2048 exactly
         anchors = []
         for number, (features, sizes) in enumerate(zip(levels, self.sizes, strict=True)):
             rows, columns = features.shape[-2:]

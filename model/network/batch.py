@@ -9,15 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsg.model.network.sizes import padded_size
 from dsg.model.network.types import Targets
-
-STRIDE = 32
-"""Batches are padded to multiples of this, so that every level of the pyramid divides evenly."""
-
-
-def padded_size(height: int, width: int) -> tuple[int, int]:
-    """(height, width) rounded up to a multiple of `STRIDE`."""
-    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
 
 
 def stack_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,18 @@
 """What a network found in one picture, and its way into COCO results.
 
+The fields are torch tensors, or NumPy arrays where an exported file runs without torch; all here works with either.
+
 Letters: `n` detections, `m` side of a mask, `H, W` size of the original picture.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +49,11 @@ class Detections:
 
     def __post_init__(self) -> None:
         for name in ("boxes", "scores", "mask_probs"):
-            if not getattr(self, name).dtype.is_floating_point:
+            if not _is_floating(getattr(self, name)):
                 raise TypeError(f"detections: {name} must be floating point, not {getattr(self, name).dtype}")
-        if self.labels.dtype.is_floating_point:
+        if _is_floating(self.labels):
             raise TypeError(f"detections: labels must be int64, not {self.labels.dtype}")
-        n, side = self.scores.numel(), self.mask_probs.shape[-1] if self.mask_probs.ndim else 0
+        n, side = math.prod(self.scores.shape), self.mask_probs.shape[-1] if self.mask_probs.ndim else 0
         expected = {"scores": (n,), "boxes": (n, 4), "labels": (n,), "mask_probs": (n, side, side)}
         for name, shape in expected.items():
             found = tuple(getattr(self, name).shape)
@@ -62,12 +67,20 @@ class Detections:
 
     def masks(self) -> Tensor:
         """Full-size masks: bool [n, H, W], a pixel set where its probability is at least 0.5."""
+        if isinstance(self.mask_probs, np.ndarray):
+            from dsg.ops.array_masks import paste_arrays
+
+            return paste_arrays(self.mask_probs, self.boxes, self.image_size)
         from dsg.ops.masks import paste_masks  # torch comes in only where it is used
 
         return paste_masks(self.mask_probs, self.boxes, self.image_size)
 
     def rle(self) -> list[dict[str, Any]]:
         """The masks as n COCO RLEs `{"size": [H, W], "counts": str}`, made without a full-size mask."""
+        if isinstance(self.mask_probs, np.ndarray):
+            from dsg.ops.array_masks import encode_arrays
+
+            return encode_arrays(self.mask_probs, self.boxes, self.image_size)
         from dsg.ops.masks import encode_masks  # torch comes in only where it is used
 
         return encode_masks(self.mask_probs, self.boxes, self.image_size)
@@ -122,16 +135,27 @@ class Detections:
             highest = int(self.labels.max()) if len(self) else 0
             if highest > len(score_threshold):
                 raise ValueError(f"detections: label {highest} has no threshold, there are {len(score_threshold)}")
-            least = self.scores.new_tensor(score_threshold)[self.labels - 1]  # [n]
+            is_array = isinstance(self.scores, np.ndarray)
+            of_labels: Any = (
+                np.array(score_threshold, np.float32) if is_array else self.scores.new_tensor(score_threshold)
+            )
+            least = of_labels[self.labels - 1]  # [n]
         else:
             least = score_threshold
-        rows = (self.scores >= least).nonzero()[:max_detections, 0]  # [k]
+        wanted = self.scores >= least  # [n]
+        rows = np.flatnonzero(wanted) if isinstance(wanted, np.ndarray) else wanted.nonzero()[:, 0]
+        rows = rows[:max_detections]  # [k]
         return Detections(
             self.boxes[rows], self.scores[rows], self.labels[rows], self.mask_probs[rows], self.image_size
         )
 
     def to(self, device: torch.device | str) -> Detections:
-        """The same detections on another device."""
+        """The same detections on another device, as tensors."""
+        if isinstance(self.boxes, np.ndarray):
+            import torch
+
+            fields = (self.boxes, self.scores, self.labels, self.mask_probs)
+            return Detections(*map(torch.from_numpy, fields), self.image_size).to(device)
         return Detections(
             self.boxes.to(device),
             self.scores.to(device),
@@ -139,3 +163,9 @@ class Detections:
             self.mask_probs.to(device),
             self.image_size,
         )
+
+
+def _is_floating(values: Any) -> bool:
+    return bool(
+        np.issubdtype(values.dtype, np.floating) if isinstance(values, np.ndarray) else values.is_floating_point()
+    )

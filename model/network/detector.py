@@ -234,5 +234,5 @@ def rounded_up(rows: Tensor) -> Tensor:  # int64 [P] -> int64 [Q], Q the next mu
 
 def as_rois(boxes: Tensor) -> Tensor:  # [B, K, 4] -> [B * K, 5]
     """Boxes of a batch in one list, each with the number of its picture in front."""
-    images = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
+    images = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)
     return torch.cat([images[:, None, None].expand(-1, boxes.shape[1], 1), boxes], dim=-1).flatten(0, 1)

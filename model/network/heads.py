@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dsg.model.network.tracing import is_traced
+
 # RoIs that a mask head works on at once at test time: its largest tensor is 4 * C * P * P numbers a RoI. A GPU is fed
 # as much as its memory allows; on a CPU small tensors stay in the caches, and their memory is used again instead of
 # being asked of the system each time, which takes as long as the deconvolution.
@@ -84,10 +86,11 @@ class MaskHead(nn.Module):
             mask logits [R, outputs, 2P, 2P], with labels [R, 1, 2P, 2P], and the features after the fourth
             convolution [R, C, P, P] (F_- of the paper).
         """
-        # an exported graph would hold the layers once for each part
+        if self.training or is_traced():  # an exported graph would hold the layers once for each part
+            return self._run(features, labels)
         small_parts = features.device.type == "cpu" and not torch.compiler.is_compiling()
         at_once = _ROIS_AT_ONCE_CPU if small_parts else _ROIS_AT_ONCE
-        if self.training or features.shape[0] <= at_once:
+        if features.shape[0] <= at_once:
             return self._run(features, labels)
         parts = features.split(at_once)
         part_labels = [None] * len(parts) if labels is None else labels.split(at_once)

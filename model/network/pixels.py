@@ -1,4 +1,4 @@
-"""Pictures in any form to pixels: what a person sees, as 8-bit RGB or floats in 0..1.
+"""Pictures in any form to pixels: what a person sees, as 8-bit RGB. Needs no torch.
 
 `upright_rgb` is the one place that turns an opened picture into RGB; the data room and the service call it too.
 """
@@ -7,9 +7,8 @@ import os
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin
-from torch import Tensor
 
 _TIFF_BITS_PER_SAMPLE = 258
 _TIFF_PHOTOMETRIC = 262
@@ -106,47 +105,34 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.dstack([grey, np.where(values == transparent, 0, 255).astype(np.uint8)]))
 
 
-def image_tensor(image: Any) -> Tensor:
-    """A picture in any accepted form as a tensor.
+def picture_array(image: Any) -> NDArray[np.uint8]:
+    """A picture in any form that needs no torch, as pixels.
 
     Args:
-        image: a path, a PIL picture, a uint8 array [H, W, 3] RGB, or a tensor [3, H, W], uint8 or float in 0..1.
+        image: a path, a PIL picture, or a uint8 array [H, W, 3] RGB.
 
     Returns:
-        Tensor[3, H, W] on the CPU: uint8, or float as it came.
+        uint8 [H, W, 3] RGB.
 
     Raises:
         FileNotFoundError: no such file.
         TypeError: another kind of thing, or another dtype.
-        ValueError: a shape or values that do not fit, or a file that is no picture.
+        ValueError: a shape that does not fit, or a file that is no picture.
     """
     if isinstance(image, str | os.PathLike):
         image = _read(image)
     elif isinstance(image, Image.Image):
         image = np.array(upright_rgb(image))
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise TypeError(
-                f"an array must be uint8 [H, W, 3] RGB, got {image.dtype}; floats in 0..1 go in as a tensor [3, H, W]"
-            )
-        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(f"an array must be [H, W, 3] with H, W > 0, got {list(image.shape)}")
-        # torch warns of arrays that it must not write to, such as np.asarray(picture)
-        image = np.ascontiguousarray(image) if image.flags.writeable else image.copy()
-        return torch.from_numpy(image).permute(2, 0, 1)
-    if not isinstance(image, Tensor):
+    if not isinstance(image, np.ndarray):
         raise TypeError(
             f"a picture must be a path, a PIL picture, a uint8 array or a tensor, got {type(image).__name__}"
         )
-    if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise TypeError(f"a tensor must be uint8 or float in 0..1, got {image.dtype}")
-    if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ValueError(f"a tensor must be [3, H, W] with H, W > 0, got {list(image.shape)}")
-    image = image.detach().cpu()
-    if image.dtype in (torch.float16, torch.bfloat16):
-        image = image.float()  # the CPU's resize has no half precision
-    if image.is_floating_point() and not bool(((image >= 0) & (image <= 1)).all()):
-        raise ValueError("a float tensor must hold values in 0..1 only; uint8 tensors hold 0..255")
+    if image.dtype != np.uint8:
+        raise TypeError(
+            f"an array must be uint8 [H, W, 3] RGB, got {image.dtype}; floats in 0..1 go in as a tensor [3, H, W]"
+        )
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"an array must be [H, W, 3] with H, W > 0, got {list(image.shape)}")
     return image
 
 

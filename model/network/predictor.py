@@ -1,24 +1,25 @@
 """Pictures in any form and size to detections in their own pixels. The command line and the service use this for all.
 
-h, w size of a resized picture; H, W of the original one.
+What runs the network is a `Runtime`: PyTorch for a module (`eager.py`), others for exported files. Importing this
+needs no torch.
+
+h, w size of a resized picture.
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
-from dsg.model.network.batch import padded_size
-from dsg.model.network.checkpoint import CheckpointInfo, Resize, load_checkpoint
 from dsg.model.network.detections import Detections, lowest_of
-from dsg.model.network.detector import Detector
-from dsg.model.network.pixels import image_tensor
+from dsg.model.network.info import CheckpointInfo, Resize
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 _BATCH = 8
@@ -28,11 +29,29 @@ _BATCH = 8
 class PreparedImage:
     """A picture as the network wants it, still on the CPU."""
 
-    pixels: Tensor  # uint8, or float in 0..1, [3, h, w]
+    pixels: Any  # uint8, or float in 0..1, [3, h, w]: a tensor or a NumPy array, as the runtime wants it
     original_size: tuple[int, int]
     """(height, width) of the picture that came in."""
     padded_size: tuple[int, int]
     """(height, width) in a batch of its own: pictures that agree here batch without padding for each other."""
+
+
+class Runtime(ABC):
+    """What runs a network: a module in memory, or an exported file."""
+
+    device: Any
+    """Where it runs: a `torch.device`, or for a runtime without torch its name."""
+
+    description: str
+    """For the log: which library runs it, on what."""
+
+    @abstractmethod
+    def prepare(self, image: Any, how: Resize) -> PreparedImage:
+        """Read and resize one picture. On the CPU, safe from any thread."""
+
+    @abstractmethod
+    def detect(self, prepared: Sequence[PreparedImage], score_threshold: float) -> list[Detections]:
+        """Run one batch; see `Predictor.detect`."""
 
 
 class Predictor:
@@ -41,18 +60,30 @@ class Predictor:
     `prepare` may be called from any thread, `detect` and `predict` from one at a time.
 
     Args:
-        model: the network, in eval mode, on `device`.
+        network: a module in eval mode, on its device, or the runtime of an exported file.
         info: its checkpoint's description.
     """
 
-    def __init__(self, model: Detector, info: CheckpointInfo) -> None:
-        self.model = model
+    def __init__(self, network: "nn.Module | Runtime", info: CheckpointInfo) -> None:
+        if not isinstance(network, Runtime):
+            from dsg.model.network.eager import EagerRuntime  # torch comes in only where it is used
+
+            network = EagerRuntime(network)
+        self.runtime = network
         self.info = info
 
     @property
-    def device(self) -> torch.device:
+    def model(self) -> Any:
+        """The module, where there is one in memory; exported files have none (AttributeError)."""
+        try:
+            return self.runtime.model  # type: ignore[attr-defined]
+        except AttributeError:
+            raise AttributeError(f"{self.info.name} is an exported file; it has no module in memory") from None
+
+    @property
+    def device(self) -> Any:
         """Where the network is."""
-        return next(self.model.parameters()).device
+        return self.runtime.device
 
     def predict(
         self,
@@ -75,7 +106,7 @@ class Predictor:
             TypeError, ValueError, FileNotFoundError: what is wrong with which picture or argument.
         """
         threshold, most = self.limits(score_threshold, max_detections)
-        if isinstance(images, str | os.PathLike | Tensor) or not isinstance(images, Iterable):
+        if isinstance(images, str | os.PathLike) or _is_tensor(images) or not isinstance(images, Iterable):
             raise TypeError(f"predict takes a list of pictures, got {type(images).__name__}; put it in [ ]")
         buckets: dict[tuple[int, int], list[tuple[int, PreparedImage]]] = defaultdict(list)
         found: dict[int, Detections] = {}
@@ -115,12 +146,8 @@ class Predictor:
 
     def prepare(self, image: Any) -> PreparedImage:
         """Read and resize one picture, in any form that `predict` takes. On the CPU, safe from any thread."""
-        pixels = image_tensor(image)
-        height, width = pixels.shape[-2:]
-        resized = resize(pixels, self.info.resize)
-        return PreparedImage(resized, (height, width), padded_size(*resized.shape[-2:]))
+        return self.runtime.prepare(image, self.info.resize)
 
-    @torch.inference_mode()
     def detect(self, prepared: Sequence[PreparedImage], score_threshold: float = 0.0) -> list[Detections]:
         """Run one batch: all detections above the network's floor, up to its cap, in each original picture's pixels.
 
@@ -130,11 +157,7 @@ class Predictor:
             prepared: from `prepare`.
             score_threshold: 0..1; what scores less may be missing, which saves the time of its mask.
         """
-        images = [self._on_device(item.pixels) for item in prepared]
-        # A module of another kind, such as a recipe's own network, takes pictures alone.
-        options = {"score_threshold": score_threshold} if isinstance(self.model, Detector) else {}
-        results = self.model(images, **options)
-        return [_to_original(found, item) for found, item in zip(results, prepared, strict=True)]
+        return self.runtime.detect(prepared, score_threshold)
 
     def _run_bucket(
         self, bucket: list[tuple[int, PreparedImage]], threshold: float | tuple[float, ...], most: int
@@ -144,45 +167,9 @@ class Predictor:
         results = self.detect([prepared for _, prepared in bucket], lowest_of(threshold))
         return {number: found.select(threshold, most) for (number, _), found in zip(bucket, results, strict=True)}
 
-    def _on_device(self, pixels: Tensor) -> Tensor:
-        parameter = next(self.model.parameters())  # asked anew: the owner may call model.double() or .cuda()
-        moved = pixels.to(parameter.device, non_blocking=True)
-        return moved.to(parameter.dtype) / 255 if moved.dtype == torch.uint8 else moved.to(parameter.dtype)
 
-
-def resized_size(height: int, width: int, how: Resize) -> tuple[int, int]:
-    """(height, width) after the resize: fractions of a pixel are cut off, at least one pixel stays."""
-    scale = min(how.short_side / min(height, width), how.long_side / max(height, width))
-    return max(int(height * scale), 1), max(int(width * scale), 1)
-
-
-def resize(pixels: Tensor, how: Resize) -> Tensor:
-    """Scale a picture, keeping its shape.
-
-    Args:
-        pixels: Tensor[3, H, W], uint8 or float in 0..1.
-
-    Returns:
-        Tensor[3, h, w]: uint8 when that came in and the resize has a low-pass, else float in 0..1. Without the
-        low-pass numbers are kept unrounded, as the libraries whose convention that is have it.
-    """
-    height, width = pixels.shape[-2:]
-    size = resized_size(height, width, how)
-    if pixels.dtype == torch.uint8 and not how.antialias:
-        pixels = pixels.float() / 255
-    if size == (height, width):
-        return pixels.contiguous()
-    scaled = functional.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=how.antialias)
-    return scaled[0]
-
-
-def _to_original(found: Detections, prepared: PreparedImage) -> Detections:
-    height, width = prepared.original_size
-    resized_height, resized_width = prepared.pixels.shape[-2:]
-    # In float32 whatever the dtype: torchvision has its ratios so, and imported networks must give its boxes.
-    ratio_x, ratio_y = torch.tensor([width, height]).float() / torch.tensor([resized_width, resized_height]).float()
-    boxes = found.boxes * torch.stack([ratio_x, ratio_y, ratio_x, ratio_y]).to(found.boxes)
-    return replace(found, boxes=boxes, image_size=(height, width))
+def _is_tensor(images: Any) -> bool:
+    return type(images).__module__.partition(".")[0] == "torch"
 
 
 def shipped_weights() -> dict[str, Path]:
@@ -195,7 +182,7 @@ def weights_path(name_or_path: str | os.PathLike[str]) -> Path:
     return shipped_weights().get(os.fspath(name_or_path), Path(name_or_path))
 
 
-def load(name_or_path: str | os.PathLike[str], device: torch.device | str | None = None) -> Predictor:
+def load(name_or_path: str | os.PathLike[str], device: "torch.device | str | None" = None) -> Predictor:
     """A predictor from weights in the package or from a checkpoint file.
 
     Args:
@@ -207,30 +194,10 @@ def load(name_or_path: str | os.PathLike[str], device: torch.device | str | None
         CheckpointError: a file that is not a checkpoint, or a broken one.
         ValueError: a device that is not there.
     """
+    from dsg.model.network.eager import load_eager
+
     path = weights_path(name_or_path)
     if not path.is_file():
         known = ", ".join(shipped_weights()) or "none"
         raise FileNotFoundError(f"no weights {os.fspath(name_or_path)!r}: neither a file nor one of the names {known}")
-    model, info = load_checkpoint(path, _device(device))
-    # Channels-last is what CPUs, tensor cores and SgRoIAlign are fastest with; from the weights it spreads to all else.
-    return Predictor(model.to(memory_format=torch.channels_last), info)
-
-
-def parse_device(device: torch.device | str) -> torch.device:
-    """A device as it was named, whether or not it is there. Raises ValueError for any but cpu, cuda and cuda:N."""
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {chosen} is not supported; use cpu, cuda or cuda:N")
-    return chosen
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = parse_device(device)
-    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {chosen} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
-    return chosen
+    return Predictor(*load_eager(path, device))

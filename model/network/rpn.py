@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dsg.model.network.boxes import clip_boxes, decode_deltas, has_sides, non_maximum_suppression
+from dsg.model.network.tracing import is_traced
 from dsg.model.network.types import Proposals
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
@@ -44,7 +45,7 @@ class RPNHead(nn.Module):
             hidden = functional.relu(self.conv(features), inplace=True)  # [B, C, Hf, Wf]
             logits.append(widen(self.objectness(hidden)).permute(0, 2, 3, 1).flatten(1))  # [B, Hf * Wf * A]
             by_cell = widen(self.deltas(hidden)).permute(0, 2, 3, 1)  # [B, Hf, Wf, A * 4]
-            deltas.append(by_cell.reshape(len(features), -1, 4))  # [B, Hf * Wf * A, 4]
+            deltas.append(by_cell.reshape(features.shape[0], -1, 4))  # [B, Hf * Wf * A, 4]
         return logits, deltas
 
 
@@ -85,7 +86,8 @@ class ProposalSelector(nn.Module):
         boxes, scores = [], []
         for level_logits, level_deltas, level_anchors in zip(logits, deltas, anchors, strict=True):
             # A level with fewer anchors than candidates is padded, so that its shape does not depend on the picture.
-            missing = max(candidates - level_logits.shape[1], 0)
+            # In a traced graph it depends on nothing at all: a comparison of sizes would hold for the example's alone.
+            missing = candidates if is_traced() else max(candidates - level_logits.shape[1], 0)
             padded = functional.pad(level_logits, (0, missing), value=-torch.inf)
             best, index = padded.topk(candidates, dim=1)  # [B, candidates]
             index = index.clamp(max=level_logits.shape[1] - 1)

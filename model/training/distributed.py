@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dsg.model.network.predictor import parse_device
+from dsg.model.network.eager import parse_device
 from dsg.model.training.errors import TrainingError
 
 

@@ -170,7 +170,7 @@ class Validation:
             model: in eval mode.
         """
         part = results_of(
-            Predictor(model, self.info),  # type: ignore[arg-type]  # a recipe's own network will do, too
+            Predictor(model, self.info),  # a recipe's own network will do, too
             distributed.share_of(self.data.records, self._ranks),
             self._category_ids,
             score_threshold=self.info.eval_score_threshold,

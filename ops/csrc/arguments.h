@@ -105,15 +105,12 @@ Call<acc_t> make_call(
     call.prob_width = prob->size(2);
     call.prob = view_of(*prob);
   }
-  // level >= i where floor(canonical_level + log2(sqrt(area) / canonical_scale + 1e-6)) >= i, solved for the area.
-  const double first_level = std::floor(-std::log2(sampling.spatial_scales[0]) + 0.5);
   for (int level = 0; level < call.levels; ++level) {
     call.height[level] = features[level].size(2);
     call.width[level] = features[level].size(3);
     call.scale[level] = static_cast<acc_t>(sampling.spatial_scales[level]);
-    const double relative = std::exp2(first_level + level - static_cast<double>(sampling.canonical_level)) - 1e-6;
-    const double side = sampling.canonical_scale * std::max(relative, 0.0);
-    call.area_threshold[level] = static_cast<acc_t>(side * side);
+    call.area_threshold[level] = static_cast<acc_t>(level_area(
+        level, sampling.spatial_scales[0], sampling.canonical_scale, static_cast<double>(sampling.canonical_level)));
   }
   return call;
 }

@@ -77,6 +77,15 @@ struct Call {
   FloatView roi, prob;
 };
 
+// The area, in square image pixels, from which on a RoI goes to a level, or beyond:
+// level >= i where floor(canonical_level + log2(sqrt(area) / canonical_scale + 1e-6)) >= i, solved for the area.
+inline double level_area(int level, double first_scale, double canonical_scale, double canonical_level) {
+  const double first_level = std::floor(-std::log2(first_scale) + 0.5);
+  const double relative = std::exp2(first_level + level - canonical_level) - 1e-6;
+  const double side = canonical_scale * (relative > 0.0 ? relative : 0.0);
+  return side * side;
+}
+
 // One RoI along one axis.
 template <typename acc_t>
 struct Axis {

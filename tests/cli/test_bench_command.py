@@ -55,3 +55,47 @@ def test_run_gives_a_row_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ops.run(torch.device("cpu"), repeats=1, on_case=told.append)
     assert [row.case for row in rows] == told and len(rows) == 5
     assert all(isinstance(row, Row) and row.value > 0 and row.baseline > 0 for row in rows)
+
+
+def test_unknown_formats_are_named(command: Callable, tmp_path: Path) -> None:
+    ran = command("bench", "model", "--formats", "eager,tensorrt", "--out", tmp_path / "x.json")
+    assert ran.code == 2 and "unknown format tensorrt; known are eager, compiled, torchscript" in ran.err
+
+
+@pytest.mark.slow
+def test_formats_side_by_side(
+    command: Callable, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSG_COMMIT", "abc123")
+    monkeypatch.setattr("dsg.bench.formats.export", _export_without_proof)
+    out = tmp_path / "formats.json"
+    options = (
+        "--formats",
+        "eager,torchscript,onnx-body",
+        "--batch",
+        1,
+        "--batch",
+        2,
+        "--repeats",
+        1,
+        "--device",
+        "cpu",
+    )
+    ran = command("bench", "model", "--model", checkpoint, "--out", out, *options)
+    assert ran.code == 0, ran.err
+    rows = json.loads(out.read_text())["rows"]
+    ways = [row["case"].split(", ")[1] for row in rows]
+    assert ways == ["eager", "torchscript", "onnx-body"] * 2
+    assert all(row["value"] > 0 and row["baseline"] == rows[index // 3 * 3]["value"] for index, row in enumerate(rows))
+
+
+def _export_without_proof(model: Path, kind: object, out: Path, **options: object) -> Path:
+    """Proving is another test's business, and weights as random as these have no order to compare."""
+    from dsg.export import writing
+
+    original = writing._prove
+    writing._prove = lambda *arguments: None
+    try:
+        return writing.export(model, kind, out, **options)
+    finally:
+        writing._prove = original

@@ -74,6 +74,7 @@ def test_models_lists_presets_and_weights(command: Callable) -> None:
     ran = command("models", "--json")
     assert ran.code == 0, ran.err
     listed = json.loads(ran.out)
+    assert all(preset["exports"] == ["onnx", "torchscript", "aoti"] for preset in listed["presets"])
     parameters = {preset["name"]: preset["parameters"] for preset in listed["presets"]}
     # 81 outputs on ResNet-50: the first and the last row of the paper's Table 1, and the lite limit
     assert parameters["mask_rcnn_r50_fpn"] == 44_347_573

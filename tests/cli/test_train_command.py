@@ -84,3 +84,13 @@ def test_train_then_predict(command: Callable, annotations: Path, photo: Path, t
     assert {"best.safetensors", "last", "metrics.jsonl"} <= {path.name for path in out.iterdir()}
     ran = command("predict", photo, "--model", out / "best.safetensors", "--out", tmp_path / "seen")
     assert ran.code == 0, ran.err
+
+
+def test_what_cannot_be_exported_is_said_before_training(command: Callable, started: list, tmp_path: Path) -> None:
+    recipe = tmp_path / "adaptive.toml"
+    recipe.write_text('model = "dsg_lite0_fpn"\n[overrides]\nroi_sampling_ratio = 0\n[schedule]\niterations = 10\n')
+    ran = command("train", "--config", recipe, "--data", "a.json", "--out", tmp_path)
+    assert ran.code == 0 and "note: this network will have no onnx export: " in ran.err, ran.err
+    ran = command("train", "--config", "fast", "--data", "a.json", "--out", tmp_path)
+    assert ran.code == 0 and ran.err == ""
+    assert len(started) == 2

@@ -132,3 +132,18 @@ def test_wrong_fields_are_refused_in_one_line(field, value, error, message):
 def test_fields_cannot_be_set():
     with pytest.raises(dataclasses.FrozenInstanceError):
         detections().scores = torch.ones(3)
+
+
+def test_arrays_do_what_tensors_do():
+    found = detections(6)
+    fields = {field: getattr(found, field).numpy() for field in ("boxes", "scores", "labels", "mask_probs")}
+    arrays = dataclasses.replace(found, **fields)
+    assert arrays.rle() == found.rle() and np.array_equal(arrays.masks(), found.masks().numpy())
+    for threshold in (0.3, (0.2, 0.8)):
+        one, other = arrays.select(threshold, 3), found.select(threshold, 3)
+        assert isinstance(one.boxes, np.ndarray) and np.array_equal(one.boxes, other.boxes.numpy())
+        assert one.to_coco(1, [5, 9]) == other.to_coco(1, [5, 9])
+    back = arrays.to("cpu")
+    assert all(torch.equal(getattr(back, field), getattr(found, field)) for field in fields)
+    with pytest.raises(TypeError, match="boxes must be floating point, not int64"):
+        dataclasses.replace(arrays, boxes=arrays.boxes.astype(np.int64))

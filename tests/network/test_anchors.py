@@ -52,3 +52,11 @@ def test_rows_of_the_head_belong_to_rows_of_the_anchors():
     logits, deltas = head([features])
     assert logits[0][0].tolist() == [cell + 1000 * anchor for cell in range(12) for anchor in range(4)]
     assert deltas[0].shape == (1, 48, 4)
+
+
+def test_half_precision_features_have_float32_anchors():
+    generator = AnchorGenerator(((32.0,),) * 5, (1.0,), rounding=False, strides_from_grid=False)
+    features = levels(64, 64)
+    halves = generator([level.half() for level in features], (64, 64), torch.float16)
+    for one, other in zip(halves, generator(features, (64, 64), torch.float32), strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dsg.model.network.efficientnet_lite import EfficientNetLite
-from dsg.model.network.norm import FrozenBatchNorm2d, convolve_and_normalise
+from dsg.model.network.norm import FrozenBatchNorm2d, convolve_and_normalise, fold_norms
 from dsg.model.network.resnet import ResNet
 
 
@@ -103,3 +103,25 @@ def test_backbones_give_the_same_with_gradients_and_without(backbone):
     for one, other in zip(within, after, strict=True):
         assert float(other.detach().abs().max()) > 1e-3
         torch.testing.assert_close(one, other.detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backbone", [EfficientNetLite, lambda: ResNet(50)], ids=["lite0", "resnet50"])
+def test_folded_backbones_give_the_same(backbone):
+    torch.manual_seed(0)
+    network = randomised(backbone())
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    wanted = [level.detach() for level in network(images)]
+    fold_norms(network)
+    assert not [module for module in network.modules() if isinstance(module, FrozenBatchNorm2d)]
+    for one, other in zip(network(images), wanted, strict=True):
+        torch.testing.assert_close(one.detach(), other, rtol=1e-9, atol=1e-9)
+
+
+def test_a_norm_that_follows_no_convolution_stays():
+    torch.manual_seed(0)
+    network = randomised(nn.Sequential(FrozenBatchNorm2d(4), nn.Conv2d(4, 6, 1), FrozenBatchNorm2d(6), nn.ReLU()))
+    x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    wanted = network(x)
+    fold_norms(network)  # nor does it go into one that has a bias
+    assert isinstance(network[0], FrozenBatchNorm2d) and isinstance(network[2], FrozenBatchNorm2d)
+    torch.testing.assert_close(network(x), wanted)

@@ -8,7 +8,9 @@ from PIL import Image
 
 from dsg.model import build, load
 from dsg.model.network.checkpoint import Category, CheckpointInfo, Resize, save_checkpoint
-from dsg.model.network.predictor import Predictor, resize, resized_size
+from dsg.model.network.image_tensor import resize
+from dsg.model.network.predictor import Predictor
+from dsg.model.network.sizes import resized_size
 
 OVERRIDES = {"channels": 16, "box_head_width": 32, "proposals": 40}
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision_twins import our_twin, torchvision_mask_rcnn
 
-from dsg.model.network.predictor import Predictor, resize
+from dsg.model.network.image_tensor import resize
+from dsg.model.network.predictor import Predictor
 
 # As many as show that each cut takes the same ones; float64 convolutions take long.
 CANDIDATES, PROPOSALS, DETECTIONS = 200, 150, 40

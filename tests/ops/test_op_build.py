@@ -111,6 +111,31 @@ def test_cuda_kernel_builds_and_loads(tmp_path: Path) -> None:
     assert not [name for name in undefined_symbols(library) if name.startswith(("_ZN3c10", "_ZN2at", "_ZN5torch"))]
 
 
+ORT_INCLUDE = Path(os.environ.get("DSG_ORT_INCLUDE") or ROOT / "build/onnxruntime/out/usr/include/onnxruntime")
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(not (ORT_INCLUDE / "onnxruntime_cxx_api.h").is_file(), reason="no headers: make onnx-ops gets them")
+@pytest.mark.parametrize("mode", ["cpu", pytest.param("cuda", marks=needs_nvcc)])
+def test_onnxruntime_kernels_are_one_library_that_needs_neither_torch_nor_cuda(tmp_path: Path, mode: str) -> None:
+    import onnxruntime
+
+    done = build(tmp_path, mode, DSG_ORT_INCLUDE=str(ORT_INCLUDE), DSG_CUDA_ARCHS="90")
+    assert done.returncode == 0, done.stdout
+    library = tmp_path / "lib" / "dsg" / "ops" / "_C_onnxruntime.so"
+    onnxruntime.SessionOptions().register_custom_ops_library(str(library))
+    linked = subprocess.run(["ldd", str(library)], text=True, capture_output=True, check=True).stdout
+    assert not [line for line in linked.splitlines() if "torch" in line or "cuda" in line or "c10" in line]
+    assert not [name for name in undefined_symbols(library) if name.startswith(("aoti", "torch", "cuda", "_ZN3c10"))]
+
+
+@needs_compiler
+def test_missing_headers_of_onnxruntime_are_named(tmp_path: Path) -> None:
+    done = build(tmp_path, "auto", CXX="/no/such/compiler", CUDA_HOME="/no/such/toolkit", DSG_ORT_INCLUDE="/nowhere")
+    assert done.returncode == 0 and "no onnxruntime_cxx_api.h in DSG_ORT_INCLUDE=/nowhere" in done.stdout
+
+
 @pytest.mark.slow
 @needs_nvcc
 def test_architectures_must_be_numbers(tmp_path: Path) -> None:

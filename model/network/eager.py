@@ -1,0 +1,101 @@
+"""A module in memory as the Predictor's runtime. H, W size of an original picture, h, w of a resized one."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsg.model.network.checkpoint import load_checkpoint
+from dsg.model.network.detections import Detections
+from dsg.model.network.detector import Detector
+from dsg.model.network.image_tensor import image_tensor, resize
+from dsg.model.network.info import CheckpointInfo, Resize
+from dsg.model.network.predictor import PreparedImage, Runtime
+from dsg.model.network.sizes import padded_size
+from dsg.ops import kernel_name
+
+
+def prepare_tensor(image: Any, how: Resize) -> PreparedImage:
+    """What every runtime of torch does with a picture before its batch comes together."""
+    pixels = image_tensor(image)
+    height, width = pixels.shape[-2:]
+    resized = resize(pixels, how)
+    return PreparedImage(resized, (height, width), padded_size(*resized.shape[-2:]))
+
+
+class EagerRuntime(Runtime):
+    """PyTorch, as the module stands.
+
+    Args:
+        model: in eval mode, on its device. Its owner may move or cast it at any time.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def description(self) -> str:  # type: ignore[override]
+        """Which PyTorch, and which implementation of the ops."""
+        return f"PyTorch {torch.__version__} on {self.device}, {kernel_name()}"
+
+    def prepare(self, image: Any, how: Resize) -> PreparedImage:
+        return prepare_tensor(image, how)
+
+    @torch.inference_mode()
+    def detect(self, prepared: Sequence[PreparedImage], score_threshold: float) -> list[Detections]:
+        images = [self._on_device(item.pixels) for item in prepared]
+        # A module of another kind, such as a recipe's own network, takes pictures alone.
+        options = {"score_threshold": score_threshold} if isinstance(self.model, Detector) else {}
+        results = self.model(images, **options)
+        return [to_original(found, item) for found, item in zip(results, prepared, strict=True)]
+
+    def _on_device(self, pixels: Tensor) -> Tensor:
+        parameter = next(self.model.parameters())  # asked anew: the owner may call model.double() or .cuda()
+        moved = pixels.to(parameter.device, non_blocking=True)
+        return moved.to(parameter.dtype) / 255 if moved.dtype == torch.uint8 else moved.to(parameter.dtype)
+
+
+def to_original(found: Detections, prepared: PreparedImage) -> Detections:
+    """Detections of a resized picture in pixels of the original one."""
+    height, width = prepared.original_size
+    resized_height, resized_width = prepared.pixels.shape[-2:]
+    # In float32 whatever the dtype: torchvision has its ratios so, and imported networks must give its boxes.
+    ratio_x, ratio_y = torch.tensor([width, height]).float() / torch.tensor([resized_width, resized_height]).float()
+    boxes = found.boxes * torch.stack([ratio_x, ratio_y, ratio_x, ratio_y]).to(found.boxes)
+    return replace(found, boxes=boxes, image_size=(height, width))
+
+
+def load_eager(path: str | os.PathLike[str], device: torch.device | str | None) -> tuple[nn.Module, CheckpointInfo]:
+    """The module of a checkpoint on its device, and its description; errors as `predictor.load` says."""
+    model, info = load_checkpoint(path, present_device(device))
+    # Channels-last is what CPUs, tensor cores and SgRoIAlign are fastest with; from the weights it spreads to all else.
+    return model.to(memory_format=torch.channels_last), info
+
+
+def parse_device(device: torch.device | str) -> torch.device:
+    """A device as it was named, whether or not it is there. Raises ValueError for any but cpu, cuda and cuda:N."""
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {chosen} is not supported; use cpu, cuda or cuda:N")
+    return chosen
+
+
+def present_device(device: torch.device | str | None) -> torch.device:
+    """A device that is there; None is a GPU if there is one. Raises ValueError."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = parse_device(device)
+    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device {chosen} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
