@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -59,7 +60,7 @@ class _Worker:
 
     def _read(self) -> None:
         """Take messages; while a batch runs, the pixels of the next are brought to where the device copies fast."""
-        with contextlib.suppress(EOFError, OSError):
+        try:
             while True:
                 number, kind, *given = pickle.loads(self._connection.recv_bytes())
                 if kind == "load":
@@ -71,7 +72,11 @@ class _Worker:
                     model, pictures, threshold = given
                     prepared = self._with_pixels(pictures)
                     self._tasks.put(partial(self._answer, number, self._detect, model, prepared, threshold))
-        os._exit(0)  # the server is gone, and a batch that still runs has no reader
+        except (EOFError, OSError):
+            os._exit(0)  # the server is gone, and a batch that still runs has no reader
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # the server notices, and starts another
 
     def _with_pixels(self, pictures: list[tuple[Any, Any]]) -> list[Any]:
         files: list[int] = []
@@ -84,7 +89,8 @@ class _Worker:
         for file, (picture, layout) in zip(files, pictures, strict=True):
             pixels = open_shared(file, layout)
             if self._is_cuda and layout.is_tensor:
-                pixels = pixels.pin_memory()
+                with contextlib.suppress(RuntimeError):  # a lost device says so when the batch runs
+                    pixels = pixels.pin_memory()
             prepared.append(replace(picture, pixels=pixels))
         return prepared
 

@@ -28,7 +28,9 @@ def test_options_win_over_variables(
     assert (
         command("serve", "--port", 9002, "--host", "0.0.0.0", "--model", "a.safetensors", "--device", "cpu").code == 0
     )
-    first, second = started
+    assert command("serve", "--devices", "all").code == 0
+    first, second, third = started
+    assert (third.device, third.devices) == (None, "all")
     assert (first.port, first.max_batch, first.host) == (9001, 3, "127.0.0.1")
     assert (second.port, second.max_batch, second.host) == (9002, 3, "0.0.0.0")
     assert (second.models, second.device) == (["a.safetensors"], "cpu")

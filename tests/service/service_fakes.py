@@ -125,6 +125,27 @@ def load_faulty(name: str, device: str | None) -> FaultyPredictor:
     return predictor
 
 
+class CudaPredictor(FakePredictor):
+    """Has a GPU, and breaks it for good over a picture that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = torch.device("cuda")
+
+    def detect(self, prepared: Sequence[PreparedImage], score_threshold: float = 0.0) -> list[Detections]:
+        sums = [one.pixels.to(self.device).sum() for one in prepared]
+        if any(tuple(one.pixels[:, 0, 0].tolist()) == STICKY for one in prepared):
+            beyond = torch.tensor([10**6], device=self.device)
+            sums.append(torch.zeros(1, device=self.device)[beyond].sum())  # an assertion fails on the GPU
+        torch.stack(sums).tolist()
+        return super().detect(prepared, score_threshold)
+
+
+def load_cuda(name: str, device: str | None) -> CudaPredictor:
+    """What `dsg.service` calls to load a model; importable, so that a worker process can too."""
+    return CudaPredictor()
+
+
 def faulty_picture(colour: tuple[int, int, int], size: tuple[int, int] = (96, 64)) -> bytes:
     """A picture with one red rectangle, and a first row that `FaultyPredictor` understands."""
     image = picture((20, 10, 60, 40), size=size)

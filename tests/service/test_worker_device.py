@@ -18,6 +18,7 @@ from service_fakes import (
     POISON,
     STICKY,
     FakePredictor,
+    load_cuda,
     load_faulty,
     picture,
 )
@@ -193,3 +194,19 @@ def test_gpu_errors_are_told_apart() -> None:
         run(raising(RuntimeError("CUDA error: out of memory")), [], 0.0)
     with pytest.raises(KeyError):
         run(raising(KeyError("x")), [], 0.0)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_lost_is_told_from_one_that_is_not() -> None:
+    device = WorkerDevice("cuda", load_cuda)
+    device.start()
+    device.load(0, "fake")
+    ran = device.begin(0, shared(device, prepared(), prepared()), 0.0)()
+    assert len(ran.detections) == 2 and ran.memory["total"] > ran.memory["free"] > 0
+    with pytest.raises(DeviceLost):
+        device.begin(0, shared(device, prepared(STICKY)), 0.0)()
+    with pytest.raises(DeviceLost):  # and it stays so
+        device.begin(0, shared(device, prepared()), 0.0)()
+    device.restart()
+    assert len(device.begin(0, shared(device, prepared()), 0.0)().detections) == 1
+    device.close()
