@@ -53,9 +53,7 @@ def serving(what: str, setup: Setup, deadline_s: float) -> Iterator[Running]:
     else:
         command = [*_peer(what, setup), "--port", str(port), "--deadline-s", str(deadline_s)]
         probe = "/health"
-    # As many threads for pictures as a machine of this size can use; the rest is as it comes.
-    workers = str(max(2, (os.cpu_count() or 2) // 2))
-    environment = {"DSG_MAX_BATCH": str(setup.max_batch), "DSG_DECODE_WORKERS": workers, "DSG_ENCODE_WORKERS": workers}
+    environment = {"DSG_MAX_BATCH": str(setup.max_batch)}
     began = time.monotonic()
     process = subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

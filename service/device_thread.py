@@ -37,6 +37,8 @@ class Queue:
     closed: bool = False
     threads: int = 0
     """That take from it."""
+    idle: int = 0
+    """Of them, those whose device has nothing to do."""
 
     def count(self) -> None:
         """Tell the metrics what waits."""
@@ -125,14 +127,17 @@ class DeviceThread:
         queue = self._queue
         with queue.changed:
             if not self._running:
+                queue.idle += 1
                 queue.changed.wait_for(lambda: queue.closed or self._own or queue.waiting)
+                queue.idle -= 1
             if queue.closed:
                 return None
             if self._own:
                 return self._own.popleft()
-            # While a batch runs, only what fills another is sent ahead; less than that goes on collecting.
+            # While a batch runs, only what fills another is sent ahead, and not where a device waits for it; less than
+            # that goes on collecting.
             full = queue.waiting.pixels >= self._limit.pixels or len(queue.waiting) >= self._limit.pictures
-            if self._running and not full:
+            if self._running and (queue.idle or not full):
                 return None
             tickets = queue.waiting.take(self._limit, time.monotonic())
             queue.count()

@@ -70,6 +70,8 @@ async def _serve(app: FastAPI, listener: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=1,
     )
+    if service.has_workers:
+        _one_core_a_thread()
     server = _Server(config, service)
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -133,6 +135,15 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise ServiceError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
     return listener
+
+
+def _one_core_a_thread() -> None:
+    """Torch would resize each picture on all cores, and there are as many pictures as threads."""
+    try:
+        import torch
+    except ImportError:  # an exported model runs without it
+        return
+    torch.set_num_threads(1)
 
 
 def _allow_many_files() -> None:

@@ -1,5 +1,6 @@
 """Every number that an operator may set: environment variables `DSG_*`, or arguments in code."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -123,8 +124,14 @@ class Settings(BaseSettings):
         ge=0,
         description="time for requests in flight to finish after SIGTERM in milliseconds (default 30000)",
     )
-    decode_workers: int = Field(2, ge=1, description="threads that decode and resize pictures, a count (default 2)")
-    encode_workers: int = Field(2, ge=1, description="threads that write answers, a count (default 2)")
+    decode_workers: int | None = Field(
+        None,
+        ge=1,
+        description="threads that decode and resize pictures, a count (default: half the CPU's cores, at least 2)",
+    )
+    encode_workers: int | None = Field(
+        None, ge=1, description="threads that write answers, a count (default: half the CPU's cores, at least 2)"
+    )
 
     @field_validator("model")
     @classmethod
@@ -158,6 +165,16 @@ class Settings(BaseSettings):
         return [part.strip() for part in self.model.split(",")]
 
     @property
+    def decode_threads(self) -> int:
+        """Threads that decode and resize pictures."""
+        return self.decode_workers or _half_the_cores()
+
+    @property
+    def encode_threads(self) -> int:
+        """Threads that write answers."""
+        return self.encode_workers or _half_the_cores()
+
+    @property
     def keys(self) -> list[str]:
         """Keys of clients; empty where none is asked for."""
         return _parts(self.api_keys.get_secret_value()) if self.api_keys else []
@@ -166,6 +183,10 @@ class Settings(BaseSettings):
     def origins(self) -> list[str]:
         """Origins whose pages may call this server."""
         return _parts(self.cors_origins or "")
+
+
+def _half_the_cores() -> int:
+    return max(2, (os.cpu_count() or 2) // 2)
 
 
 def _parts(text: str) -> list[str]:

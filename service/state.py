@@ -11,7 +11,7 @@ import structlog
 from dsg.service.admission import Admission
 from dsg.service.batching import Batcher, DeviceLost, OutOfMemory, WorkerDied
 from dsg.service.choose_devices import choose_devices
-from dsg.service.devices import Device, LoadPredictor
+from dsg.service.devices import Device, LoadPredictor, LocalDevice
 from dsg.service.metrics import Metrics
 from dsg.service.models import Models, ServedModel
 from dsg.service.problems import Problem, stopping
@@ -58,9 +58,9 @@ class Service:
         self._warm = False
         self._draining = False
         self._reloading = asyncio.Lock()
-        self._decoders = ThreadPoolExecutor(settings.decode_workers, "dsg-decode")
+        self._decoders = ThreadPoolExecutor(settings.decode_threads, "dsg-decode")
         # Apart from the decoders: a finished picture must not wait behind those that have just come.
-        self._encoders = ThreadPoolExecutor(settings.encode_workers, "dsg-encode")
+        self._encoders = ThreadPoolExecutor(settings.encode_threads, "dsg-encode")
         self._loader = ThreadPoolExecutor(1, "dsg-load")
         self._watch: asyncio.Task[None] | None = None
 
@@ -92,6 +92,11 @@ class Service:
     def drain(self) -> None:
         """Take no new work from now on; what is in flight goes on."""
         self._draining = True
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether the devices are processes of their own, and this one only prepares and writes."""
+        return not any(isinstance(device, LocalDevice) for device in self._devices)
 
     @property
     def draining(self) -> bool:

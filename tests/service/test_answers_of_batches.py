@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from service_process import ServerProcess, server_process
 
 from dsg.cli.main import run
-from dsg.model import load
+from dsg.model import build, load
 from dsg.model.network.checkpoint import Resize, save_checkpoint
 
 SIZE = (256, 320)  # (height, width)
@@ -49,10 +49,14 @@ PICTURES = [nuclei(seed)[0] for seed in range(16)]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The weights of the package for nuclei, for smaller pictures: sixteen at once are quick then."""
+    """The weights of the package for nuclei, with few proposals and small pictures: sixteen at once are quick then."""
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    predictor = load("dsg_lite0_nuclei", "cpu")
-    save_checkpoint(path, predictor.model, replace(predictor.info, resize=Resize(192, 240)))
+    trained = load("dsg_lite0_nuclei", "cpu")
+    overrides = {**trained.info.overrides, "proposals": 48, "max_detections": 40}
+    info = replace(trained.info, overrides=overrides, resize=Resize(192, 240), max_detections=40)
+    network = build(info.preset, len(info.categories), **overrides)
+    network.load_state_dict(trained.model.state_dict())
+    save_checkpoint(path, network, info)
     return str(path)
 
 
@@ -115,7 +119,7 @@ def test_ap_of_answers_is_that_of_dsg_eval(server: ServerProcess, model: str, tm
     gold = tmp_path / "truth.json"
     gold.write_text(json.dumps({"images": images, "annotations": truth, "categories": categories}))
     (tmp_path / "answers.json").write_text(json.dumps(answers))
-    common = ["--annotations", str(gold), "--max-detections", "100"]
+    common = ["--annotations", str(gold), "--max-detections", "40"]
     by_model, by_answers = tmp_path / "model.json", tmp_path / "served.json"
     assert run(["eval", "--model", model, "--images", str(tmp_path), *common, "--out", str(by_model)]) == 0
     assert run(["eval", "--predictions", str(tmp_path / "answers.json"), *common, "--out", str(by_answers)]) == 0
