@@ -139,7 +139,7 @@ class DeviceThread:
             full = queue.waiting.pixels >= self._limit.pixels or len(queue.waiting) >= self._limit.pictures
             if self._running and (queue.idle or not full):
                 return None
-            tickets = queue.waiting.take(self._limit, time.monotonic())
+            tickets = queue.waiting.take(self._limit, time.monotonic(), queue.pace.seconds_for_pixels(1))
             queue.count()
             return tickets
 

@@ -1,5 +1,6 @@
 """Pictures that wait for a device, in buckets, and which of them go next."""
 
+import math
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -99,15 +100,29 @@ class WaitingPictures:
         self._pixels -= ticket.pixels
         return True
 
-    def take(self, limit: BatchLimit, now: float) -> list[Ticket]:
-        """The next batch, oldest first: of one bucket, within the limit, at least one picture; empty if none waits."""
+    def take(self, limit: BatchLimit, now: float, seconds_per_pixel: float = 0.0) -> list[Ticket]:
+        """The next batch, oldest first: of one bucket, within the limit, at least one picture; empty if none waits.
+
+        Args:
+            limit: how large it may be.
+            now: on the clock of `time.monotonic`.
+            seconds_per_pixel: what the device takes, as measured: a batch stays so small that it is done by the
+                deadlines of its pictures. On a CPU, which gains nothing from batches, large ones would all be late.
+        """
         if not self._buckets:
             return []
         tickets: list[Ticket] = []
+        soonest = math.inf
         for ticket in max(self._buckets.values(), key=lambda bucket: self._urgency(bucket, limit, now)).values():
-            if tickets and (len(tickets) == limit.pictures or (len(tickets) + 1) * ticket.pixels > limit.pixels):
+            pixels = (len(tickets) + 1) * ticket.pixels
+            done = now + pixels * seconds_per_pixel
+            if tickets and (
+                len(tickets) == limit.pictures or pixels > limit.pixels or done > min(soonest, ticket.deadline)
+            ):
                 break
             tickets.append(ticket)
+            # One that is late even alone holds nobody else back.
+            soonest = min(soonest, ticket.deadline) if done <= ticket.deadline else soonest
         for ticket in tickets:
             self.discard(ticket)
         return tickets

@@ -42,6 +42,28 @@ def test_pixels_bound_a_batch_and_a_single_one_always_goes() -> None:
     assert (len(waiting), waiting.pixels) == (2, 2 * 64 * 32)
 
 
+@pytest.mark.parametrize(
+    ("deadlines", "sizes"),
+    [
+        ([99.0] * 5, [5]),
+        ([12.5, 99.0, 99.0, 99.0, 99.0], [2, 3]),  # the first one is in time in a batch of two
+        ([99.0, 99.0, 99.0, 12.5, 99.0], [3, 2]),
+        ([10.2, 99.0, 99.0], [3]),  # the first one is late even alone, and holds nobody back
+        ([10.2, 12.5, 99.0], [2, 1]),
+    ],
+)
+def test_a_batch_is_no_larger_than_its_deadlines_allow(deadlines: list[float], sizes: list[int]) -> None:
+    waiting = WaitingPictures(ageing_s=1.0)
+    for number, deadline in enumerate(deadlines):
+        one = ticket(32, number / 10)
+        one.deadline = deadline
+        waiting.add(one)
+    limit, found = BatchLimit(pictures=8, pixels=10**9), []
+    while batch := waiting.take(limit, now=10.0, seconds_per_pixel=1 / 1024):  # a second for each picture
+        found.append(len(batch))
+    assert found == sizes
+
+
 def test_pictures_of_two_models_or_marked_alone_do_not_meet() -> None:
     waiting = WaitingPictures(ageing_s=1.0)
     other = ticket(32, 1.0)
