@@ -40,6 +40,8 @@ def _kind(settings: Settings, names: list[str | None]) -> str:
         return "thread"  # pixels are shared by a call that Linux alone has
     if settings.workers is not None:
         return settings.workers
+    if any(model.endswith(".pt2") for model in settings.models):
+        return "thread"  # compiled for its device: this process could not load it on the CPU to prepare pictures
     return "process" if len(names) > 1 or (names[0] or "").startswith("cuda") else "thread"
 
 

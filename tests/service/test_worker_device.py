@@ -171,6 +171,7 @@ def test_thread_or_process_is_chosen_by_the_devices(monkeypatch: pytest.MonkeyPa
     assert kinds() == [("Worker", "cuda")]
     assert kinds(devices="all") == [("Worker", "cuda:0"), ("Worker", "cuda:1")]
     assert kinds(device="cuda:1", workers="thread") == [("Local", "cuda:1")]
+    assert kinds(model="compiled.pt2") == [("Local", "cuda")]
     with pytest.raises(ValueError, match="both set"):
         kinds(device="cpu", devices="all")
 
