@@ -152,7 +152,8 @@ def test_a_picture_that_kills_workers(server: ServerProcess, held: Path) -> None
     responses = batch_of(server, held, [GOOD, faulty_picture(LETHAL), GOOD])
     assert is_right(responses[0]) and is_right(responses[2])
     assert responses[1].status_code == 500
-    assert httpx.get(f"{server.url}/readyz").status_code == 200
+    while httpx.get(f"{server.url}/readyz").status_code != 200:  # its worker is being started once more
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
 
 
 def test_a_cuda_error_that_stays(held: Path) -> None:
