@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -188,7 +189,8 @@ def _answers(predictor: "Predictor") -> bool:
 
 
 def _is_cuda(predictor: "Predictor") -> bool:
-    return str(getattr(predictor, "device", "cpu")).startswith("cuda")
+    """Whether torch can say how a predictor's GPU is; an exported file may run on one where no torch is."""
+    return str(getattr(predictor, "device", "cpu")).startswith("cuda") and find_spec("torch") is not None
 
 
 def _on_cpu(detections: "Detections") -> "Detections":

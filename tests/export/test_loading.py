@@ -1,4 +1,5 @@
 import builtins
+import sys
 
 import numpy as np
 import pytest
@@ -47,3 +48,13 @@ def test_a_gpu_that_onnxruntime_has_not(onnx_file, monkeypatch):
     with pytest.raises(ValueError, match="has no CUDA; install it with: pip install 'dsg\\[onnx-gpu\\]'"):
         dsg.export.load(onnx_file.path, "cuda")
     assert dsg.export.load(onnx_file.path).device == "cpu"
+
+
+def test_a_gpu_without_torch_has_no_figures_of_its_memory(monkeypatch):
+    """An ONNX file may be served on a GPU where torch is not installed: nobody asks torch about it."""
+    from types import SimpleNamespace
+
+    from dsg.service.devices import memory_of
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert memory_of(SimpleNamespace(device="cuda")) == {}
