@@ -164,9 +164,9 @@ class Fusion(nn.Module):
         """
         added = self.conv(mask_features)  # [R, C, Q, Q]
         if self.activation:
-            # ReLU whose gradient at 0 is 1: relu's own is 0 there, and a convolution that starts at zero (see
-            # `start_from_plain`) would stay what it is for good.
-            added = added.clamp(min=0)
+            # In training the gradient at 0 is 1: relu's own is 0 there, and a convolution that starts at zero (see
+            # `guided_start`) would stay what it is for good.
+            added = added.masked_fill(added < 0, 0) if self.training else functional.relu(added)
         height, width = features.shape[-2:]
         if added.shape[-2:] != (height, width):
             added = functional.adaptive_avg_pool2d(added, (height, width))  # [R, C, P, P]
