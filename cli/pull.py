@@ -32,9 +32,7 @@ class _WebOnly(urllib.request.HTTPRedirectHandler):
 
 def pull(
     url: Annotated[str, typer.Argument(help="Address of the file, http or https.", show_default=False)],
-    out: Annotated[
-        Path | None, typer.Option(help="File to write.", show_default="the address's name, here")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="the address's name, here")] = None,
     sha256: Annotated[
         str | None,
         typer.Option(help="SHA-256 of the file, or how it begins.", show_default="the one in the file's name"),
@@ -54,7 +52,9 @@ def pull(
     if target.exists():
         found = _hash_of(target)
         if not found.startswith(expected):
-            raise ValueError(f"{target} is there, with another hash ({found[:12]}...); remove it, or choose another --out")
+            raise ValueError(
+                f"{target} is there, with another hash ({found[:12]}...); remove it, or choose another --out"
+            )
         typer.echo(f"{target}: there already, with the expected hash")
         return
     with progress("MiB") as advance:

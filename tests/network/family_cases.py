@@ -56,8 +56,8 @@ def picture_and_target(height=64, width=96, count=2):
     return torch.rand(3, height, width), {"boxes": boxes, "labels": torch.tensor([1, 3])[:count], "masks": masks}
 
 
-def losses_of(model, case):
-    """Losses of one step of that case, two pictures a batch."""
+def losses_of(model, case, through=None):
+    """Losses of one step of that case, two pictures a batch; `through` is the network's distributed wrapper."""
     first, target = picture_and_target()
     second, other = picture_and_target(50, 70, count=1 if case == "plain" else 0)
     if case in ("no ground truth", "all proposals invalid", "crowd only"):
@@ -71,9 +71,12 @@ def losses_of(model, case):
         samplers = model.roi_samplers if hasattr(model, "roi_samplers") else [model.roi_sampler]
         for sampler in samplers:
             sampler.positive_iou = 2.0
+    usual = model.selector.min_size
     if case == "all proposals invalid":
         model.selector.min_size = 1e9
-    return model([first, second], [target, other])
+    losses = (through or model)([first, second], [target, other])
+    model.selector.min_size = usual
+    return losses
 
 
 def without_gradient(model):
