@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-
 _SWITCHES = (
     "cascade",
     "interleaved",

@@ -29,7 +29,8 @@ def test_two_small_runs(command: Callable, annotations: Path, tmp_path: Path, mo
     assert ran.code == 0, (runs / "panet.log").read_text()
     document = json.loads(out.read_text())
     cases = [row["case"] for row in document["rows"]]
-    assert cases[2:] == ["PANet, box AP; baseline Mask R-CNN", "PANet, mask AP; baseline Mask R-CNN"] and len(cases) == 4
+    assert len(cases) == 4
+    assert cases[2:] == ["PANet, box AP; baseline Mask R-CNN", "PANet, mask AP; baseline Mask R-CNN"]
     before = {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.jsonl")}
     assert "PANet: finished before" in command(*arguments).err
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 2

@@ -64,6 +64,38 @@ def test_guidance_that_is_not_detached_teaches_every_guide(name):
             assert (gradient is None or not gradient.any()) == detached
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_keeps_boxes_scores_and_losses_in_float32(name):
+    model = family(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = losses_of(model, "plain")
+        assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
+        sum(losses.values()).backward()
+        with torch.no_grad():
+            (found,) = confident(model)([picture_and_target()[0]])
+    assert len(found) and found.boxes.dtype == found.scores.dtype == found.mask_probs.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+def test_on_a_gpu(name):
+    """A step in bfloat16, and the detections of the CPU in float64."""
+    model = family(name).cuda()
+    picture, target = picture_and_target()
+    target = {key: value.cuda() for key, value in target.items()}
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = model([picture.cuda()], [target])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(value) for value in losses.values()) and without_gradient(model) == []
+    confident(model).double()
+    with torch.no_grad():
+        (found,) = model([picture.cuda().double()])
+        (wanted,) = model.cpu()([picture.double()])
+    assert torch.equal(found.labels.cpu(), wanted.labels) and len(wanted)
+    for field in ("boxes", "scores", "mask_probs"):
+        torch.testing.assert_close(getattr(found, field).cpu(), getattr(wanted, field), rtol=1e-8, atol=1e-8)
+
+
 def test_a_cascade_learns_one_picture():
     """Losses of a cascade fall when it sees the same picture again and again."""
     for name in ("cascade_mask_rcnn", "htc_dsg", "dsc"):

@@ -1,4 +1,4 @@
-"""A network with guidance that starts from a plain one: the same detections, and a way for the guidance to be learned."""
+"""A network with guidance that starts from a plain one: the same detections, and guidance that can be learned."""
 
 import pytest
 import torch

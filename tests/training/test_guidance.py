@@ -46,7 +46,7 @@ def test_init_from_a_plain_checkpoint_begins_without_guidance(tmp_path):
     torch.testing.assert_close(found.boxes, wanted.boxes)
     # from a guided checkpoint all of it is taken as it is
     again = build("dsg_lite0_fpn", 1, **SMALL)
-    save_checkpoint(tmp_path / "guided.safetensors", build("dsg_lite0_fpn", 1, **SMALL),
-                    CheckpointInfo("g", "dsg_lite0_fpn", SMALL, (Category(1, "nut"),), Resize(64, 64), 0.5))  # fmt: skip
+    info = CheckpointInfo("guided", "dsg_lite0_fpn", SMALL, (Category(1, "nut"),), Resize(64, 64), 0.5)
+    save_checkpoint(tmp_path / "guided.safetensors", build("dsg_lite0_fpn", 1, **SMALL), info)
     assert "no guidance" not in initialise(again, str(tmp_path / "guided.safetensors"))
     assert float(again.guidance_scale) == 1
