@@ -24,7 +24,7 @@ _IN_NAME = re.compile(r"[-_]([0-9a-f]{6,64})\.[A-Za-z0-9.]+$")
 class _WebOnly(urllib.request.HTTPRedirectHandler):
     """Redirects lead to other web pages, not to files or FTP servers."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
         if urlsplit(newurl).scheme not in ("http", "https"):
             raise ValueError(f"{req.full_url} leads to {newurl}, which is no web address; get the file another way")
         return super().redirect_request(req, fp, code, msg, headers, newurl)

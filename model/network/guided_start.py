@@ -59,4 +59,4 @@ def _copied(fresh: Tensor, other: Tensor | None) -> Tensor:
         return fresh
     if other.shape[1:] == fresh.shape[1:] and fresh.shape[0] == 1 < other.shape[0]:
         return other[1:].mean(dim=0, keepdim=True)  # the classes without background
-    return other if other.shape == fresh.shape else fresh
+    return other.clone() if other.shape == fresh.shape else fresh

@@ -28,7 +28,8 @@ def torchvision_mask_rcnn(seed: int, short_side: int, long_side: int, second=Fal
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     nn.init.normal_(model.rpn.head.cls_logits.weight, std=0.05)
     nn.init.normal_(model.rpn.head.bbox_pred.weight, std=0.01)
-    nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.5)
+    # batch norms in the head make its features small
+    nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=8.0 if second else 0.5)
     nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, std=0.1)
     return model.eval()
 
