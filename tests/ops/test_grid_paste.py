@@ -7,6 +7,7 @@ from pycocotools import mask as coco_mask
 from torch.nn import functional
 
 from dsg.ops import encode_masks, paste_masks
+from dsg.ops.array_masks import encode_arrays, paste_arrays
 
 
 def pasted_whole(probs, boxes, size):
@@ -43,3 +44,15 @@ def test_by_hand_and_what_cannot_be_seen():
     assert torch.equal(masks[0], expected) and not masks[1:].any()
     with pytest.raises(ValueError, match="'box' or 'grid'"):
         paste_masks(probs, boxes, (4, 4), paste="round")
+
+
+def test_arrays_give_the_same_without_torch():
+    generator = np.random.default_rng(0)
+    probs = generator.random((20, 28, 28), dtype=np.float64)
+    corners = generator.random((20, 2)) * 90 - 15
+    boxes = np.concatenate([corners, corners + 1 + 60 * generator.random((20, 2))], axis=1)
+    wanted = paste_masks(torch.from_numpy(probs), torch.from_numpy(boxes), (70, 83), paste="grid")
+    assert np.array_equal(paste_arrays(probs, boxes, (70, 83), paste="grid"), wanted.numpy())
+    assert encode_arrays(probs, boxes, (70, 83), paste="grid") == encode_masks(
+        torch.from_numpy(probs), torch.from_numpy(boxes), (70, 83), paste="grid"
+    )
