@@ -101,3 +101,60 @@ def model(
     report.write(out, rows, chosen)
     for row in rows:
         typer.echo(f"{row.value:10.2f} {row.unit}  x{row.ratio:<6} {row.case}")
+
+
+def systems(
+    data: Annotated[
+        list[Path], typer.Option(metavar="FILE", help="Annotations to train on; repeat to join.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="JSON file to write; its stem is the name.", show_default=False)],
+    images: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Folder of each file's pictures.")] = None,
+    val: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Annotations to measure AP on.")] = None,
+    val_images: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Folder of their pictures.")] = None,
+    init: Annotated[str | None, typer.Option(help="Weights that every system starts from, as in dsg train.")] = None,
+    config: Annotated[str, typer.Option(help="Recipe.")] = "systems_organoids",
+    backbone: Annotated[str, typer.Option(help="Backbone in the presets' names.")] = "lite0",
+    system: Annotated[
+        list[str] | None, typer.Option(help="A system, such as 'Cascade DSG'; repeat.", show_default="all of them")
+    ] = None,
+    side_by_side: Annotated[int, typer.Option(help="Runs at once on the device.", min=1)] = 4,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs; finished ones are not repeated.")] = Path(
+        "runs/systems"
+    ),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in dsg train, for every run.")
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Train every system alike and compare their AP: Mask R-CNN, DSG, the cascades, HTC, DSC, Mask Scoring, PANet."""
+    import torch
+
+    from dsg.bench import report
+    from dsg.bench.systems import chosen, run
+
+    wanted = chosen(system or [])
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    report.commit()
+    options = ["--config", config]
+    for flag, values in (
+        ("--data", data),
+        ("--images", images),
+        ("--val", val),
+        ("--val-images", val_images),
+        ("--set", settings),
+    ):
+        for value in values or []:
+            options += [flag, str(value)]
+    options += ["--init", init] if init else []
+    options += ["--device", device] if device else []
+    rows = run(
+        wanted,
+        options,
+        runs,
+        backbone=backbone,
+        side_by_side=side_by_side,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    report.write(out, rows, place)
+    for row in rows:
+        typer.echo(f"{row.value:7.2f}  {row.value - row.baseline:+6.2f}  {row.case}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dsg.cli import bench, data, errors, evaluate, export, import_weights, models, predict, serve, train
+from dsg.cli import bench, data, errors, evaluate, export, import_weights, models, predict, pull, serve, train
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +22,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("import-weights")(import_weights.import_weights)
+app.command("pull")(pull.pull)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at annotation files.")
 data_app.command("check")(data.check)
 app.add_typer(data_app, name="data")
@@ -29,6 +30,7 @@ bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measu
 bench_app.command("ops")(bench.ops)
 bench_app.command("service")(bench.service)
 bench_app.command("model")(bench.model)
+bench_app.command("systems")(bench.systems)
 app.add_typer(bench_app, name="bench")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsg.ops.grid_windows import grid_spans, sample_array
 from dsg.ops.rle import counts_to_strings, window_counts
 from dsg.ops.windows import Window, box_windows
 
@@ -26,10 +27,11 @@ def paste_arrays(
     boxes: Floats,  # [N, 4]
     image_size: tuple[int, int],
     threshold: float = 0.5,
+    paste: str = "box",
 ) -> NDArray[np.bool_]:  # [N, H, W]
     """`dsg.ops.paste_masks` for arrays: full-size masks, bool [N, H, W]."""
     masks = np.zeros((len(probs), *image_size), dtype=np.bool_)
-    for window, bits in _pasted_windows(probs, boxes, image_size, threshold):
+    for window, bits in _pasted_windows(probs, boxes, image_size, threshold, paste):
         masks[window.number, window.top : window.bottom, window.left : window.right] = bits
     return masks
 
@@ -39,18 +41,19 @@ def encode_arrays(
     boxes: Floats,  # [N, 4]
     image_size: tuple[int, int],
     threshold: float = 0.5,
+    paste: str = "box",
 ) -> list[dict[str, Any]]:
     """`dsg.ops.encode_masks` for arrays: N COCO RLEs, made without a full-size mask."""
     nothing = window_counts(np.zeros((0, 0), dtype=np.bool_), 0, 0, image_size)
     counts = [nothing] * len(probs)
-    for window, bits in _pasted_windows(probs, boxes, image_size, threshold):
+    for window, bits in _pasted_windows(probs, boxes, image_size, threshold, paste):
         counts[window.number] = window_counts(bits, window.top, window.left, image_size)
     height, width = image_size
     return [{"size": [int(height), int(width)], "counts": text} for text in counts_to_strings(counts)]
 
 
 def _pasted_windows(
-    probs: Floats, boxes: Floats, image_size: tuple[int, int], threshold: float
+    probs: Floats, boxes: Floats, image_size: tuple[int, int], threshold: float, paste: str
 ) -> Iterator[tuple[Window, NDArray[np.bool_]]]:
     """Each mask that shows in the picture: its window, and the window's bits [h, w]."""
     if probs.ndim != 3 or probs.shape[1] != probs.shape[2] or probs.shape[1] == 0:
@@ -59,6 +62,12 @@ def _pasted_windows(
         raise ValueError(f"boxes must be [{len(probs)}, 4], one for each mask, they are {list(boxes.shape)}")
     if len(image_size) != 2 or min(image_size) < 1:
         raise ValueError(f"image_size must be (height, width), both at least 1, it is {tuple(image_size)}")
+    if paste == "grid":
+        for window, box in grid_spans(boxes.tolist(), probs.shape[-1], image_size):
+            yield window, sample_array(probs[window.number], window, box) >= threshold
+        return
+    if paste != "box":
+        raise ValueError(f"paste must be 'box' or 'grid', it is {paste!r}")
     padded = np.pad(probs.astype(np.float32, copy=False), ((0, 0), (1, 1), (1, 1)))  # [N, s, s]
     for window in box_windows(boxes, probs.shape[-1], image_size):
         yield window, _window_bits(padded[window.number], window, threshold)

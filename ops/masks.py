@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsg.ops.grid_paste import grid_windows
 from dsg.ops.rle import counts_to_strings, window_counts
 from dsg.ops.windows import Window, box_windows
 
@@ -41,6 +42,7 @@ def paste_masks(
     boxes: Tensor,  # [N, 4]
     image_size: tuple[int, int],
     threshold: float = 0.5,
+    paste: str = "box",
 ) -> Tensor:  # [N, H, W]
     """Full-size masks: bool [N, H, W] on the device of `probs`.
 
@@ -50,13 +52,14 @@ def paste_masks(
             coordinate that is not finite, or one that misses the picture, gives an empty mask.
         image_size: (H, W), both at least 1.
         threshold: a pixel inside a box is set where its probability is at least this; above 0.
+        paste: "box" is torchvision's convention, above; "grid" samples at pixel centres, see `grid_paste`.
 
     Raises:
-        TypeError, ValueError: wrong dtypes or shapes.
+        TypeError, ValueError: wrong dtypes or shapes, or another `paste`.
     """
     probs = _checked(probs, boxes, image_size)
     masks = torch.zeros((len(probs), *image_size), dtype=torch.bool, device=probs.device)
-    for window, bits in _pasted_windows(probs, boxes, image_size, threshold):
+    for window, bits in _pasted_windows(probs, boxes, image_size, threshold, paste):
         masks[window.number, window.top : window.bottom, window.left : window.right] = bits
     return masks
 
@@ -66,6 +69,7 @@ def encode_masks(
     boxes: Tensor,  # [N, 4]
     image_size: tuple[int, int],
     threshold: float = 0.5,
+    paste: str = "box",
 ) -> list[dict[str, Any]]:
     """COCO RLEs of the masks that `paste_masks` gives for the same arguments, without a full-size mask.
 
@@ -77,7 +81,7 @@ def encode_masks(
     counts = [nothing] * len(probs)
     waiting: list[tuple[Window, Tensor]] = []
     pixels = 0
-    for window, bits in _pasted_windows(probs, boxes, image_size, threshold):
+    for window, bits in _pasted_windows(probs, boxes, image_size, threshold, paste):
         waiting.append((window, bits))
         pixels += bits.numel()
         if not probs.is_cuda or pixels >= _TRANSFER_PIXELS:
@@ -126,8 +130,14 @@ def _pasted_windows(
     boxes: Tensor,  # [N, 4]
     image_size: tuple[int, int],
     threshold: float,
+    paste: str,
 ) -> Iterator[tuple[Window, Tensor]]:
     """Each mask that shows in the picture: its window, and the window's bits, [h, w] on probs' device."""
+    if paste == "grid":
+        yield from grid_windows(probs, boxes, image_size, threshold)
+        return
+    if paste != "box":
+        raise ValueError(f"paste must be 'box' or 'grid', it is {paste!r}")
     padded = F.pad(probs, (1, 1, 1, 1))  # [N, m + 2, m + 2]
     # The dtype of the boxes decides how their corners round; half precision could not hold corners at all.
     corners = boxes.detach().cpu()

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from dsg.model.data.masks import Patch
 from dsg.model.data.sample import Sample
+from dsg.model.data.semantic_maps import UNKNOWN
 
 MIN_VISIBLE = 0.1
 """Share of an object's mask that must stay visible; below it the object is dropped."""
@@ -48,6 +49,8 @@ def copy_paste(below: Sample, above: Sample, rng: np.random.Generator) -> Sample
     pixels = _resize_canvas(above[0], height, width)
     kept = _uncovered(target, cover)
     merged = {key: torch.cat([kept[key], pasted[key]]) for key in pasted}
+    if "semantic" in target:  # what was pasted has no place in the classes of a map
+        merged["semantic"] = target["semantic"].masked_fill(cover.bool(), UNKNOWN)
     return torch.where(cover.bool(), pixels, image), {**target, **merged}
 
 

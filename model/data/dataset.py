@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch.utils.data import Dataset
 
 from dsg.model.data.copy_paste import copy_paste
 from dsg.model.data.pixels import read_picture
-from dsg.model.data.records import CocoData, DataError
+from dsg.model.data.records import CocoData, DataError, ImageRecord
 from dsg.model.data.sample import Sample, make_sample
+from dsg.model.data.semantic_maps import SemanticMaps
 from dsg.model.data.transforms import Augment
 from dsg.model.data.view import View
 
@@ -44,6 +46,7 @@ class CocoDataset(Dataset[Sample]):
         *,
         seed: int = 0,
         cache_images: bool = False,
+        maps: Path | None = None,
     ) -> None:
         """Checks that all picture files are there; they are decoded later, or now with `cache_images`.
 
@@ -52,9 +55,10 @@ class CocoDataset(Dataset[Sample]):
             transform: how samples are varied; None for evaluation.
             seed: start of all random numbers, 0 or more.
             cache_images: keep all pictures decoded in memory, 3 bytes a pixel; forked workers share it.
+            maps: folder of semantic maps; each target then has `semantic` uint8 [H, W], see `SemanticMaps`.
 
         Raises:
-            DataError: pictures are missing, or, with `cache_images`, cannot be decoded.
+            DataError: pictures or maps are missing, or, with `cache_images`, cannot be decoded.
             ValueError: a negative seed.
         """
         if seed < 0:
@@ -68,6 +72,7 @@ class CocoDataset(Dataset[Sample]):
         self.data = data
         self.transform = transform
         self.seed = seed
+        self._maps = SemanticMaps(maps, data.records) if maps else None
         self._pasteable = [
             index
             for index, record in enumerate(data.records)
@@ -103,14 +108,21 @@ class CocoDataset(Dataset[Sample]):
 
     def _plain(self, index: int) -> Sample:
         record, picture = self.data.records[index], self._picture(index)
-        return make_sample(picture, record.annotations, record.id, View.whole(record.size))
+        view = View.whole(record.size)
+        return self._with_map(make_sample(picture, record.annotations, record.id, view), record, view)
 
     def _varied(self, index: int, transform: Augment, rng: np.random.Generator) -> Sample:
         record, config = self.data.records[index], transform.config
         view = transform.draw_view(record.size, rng)
         picture = self._picture(index)
         image, target = make_sample(picture, record.annotations, record.id, view, config.min_visible, config.min_side)
-        return transform.change_colors(image, rng), target
+        return self._with_map((transform.change_colors(image, rng), target), record, view)
+
+    def _with_map(self, sample: Sample, record: ImageRecord, view: View) -> Sample:
+        if self._maps is None:
+            return sample
+        image, target = sample
+        return image, {**target, "semantic": self._maps.of(record, view)}
 
     def _picture(self, index: int) -> Image.Image:
         if self._cache is not None:

@@ -21,7 +21,8 @@ Sample = tuple[Tensor, dict[str, Any]]
 * boxes float32 [n, 4] xyxy, labels int64 [n], masks uint8 [n, H, W] of 0 and 1;
 * has_mask bool [n]: False where only the box is known, the mask is then all 0;
 * ignore_boxes float32 [c, 4]: crowd regions;
-* image_id int.
+* image_id int;
+* semantic uint8 [H, W], where the data has maps: the class of each pixel, 255 unknown.
 """
 
 

@@ -5,12 +5,13 @@ from torch import Tensor, nn
 
 
 class AnchorGenerator(nn.Module):
-    """Boxes centred on the top left corner of each cell.
+    """Boxes centred on the top left corner of each cell, or elsewhere in it.
 
     Args:
         sizes: square roots of areas, pixels, per level.
         ratios: heights over widths.
         rounding: whole-pixel base anchors, as torchvision has them.
+        centre: where in its cell a box is centred, in cells: 0 the top left corner, 0.5 the middle.
         strides_from_grid: stride = padded size // grid size, as torchvision has it, instead of 4, 8, 16, ...
     """
 
@@ -20,12 +21,14 @@ class AnchorGenerator(nn.Module):
         ratios: tuple[float, ...],
         rounding: bool,
         strides_from_grid: bool,
+        centre: float = 0.0,
     ) -> None:
         super().__init__()
         self.sizes = sizes
         self.ratios = ratios
         self.rounding = rounding
         self.strides_from_grid = strides_from_grid
+        self.centre = centre
         self.per_cell = len(sizes[0]) * len(ratios)
 
     def forward(self, levels: list[Tensor], padded_size: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
@@ -51,15 +54,15 @@ class AnchorGenerator(nn.Module):
             x = torch.arange(columns, device=device).to(dtype) * stride_x  # [Wf]
             shift_y, shift_x = torch.meshgrid(y, x, indexing="ij")
             shifts = torch.stack([shift_x, shift_y, shift_x, shift_y], dim=-1)  # [Hf, Wf, 4]
-            base = self._base(sizes, dtype, device)  # [A, 4]
+            base = self._base(sizes, self.centre * nominal, dtype, device)  # [A, 4]
             anchors.append((shifts[:, :, None] + base).reshape(-1, 4))  # [Hf * Wf * A, 4]
         return anchors
 
-    def _base(self, sizes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _base(self, sizes: tuple[float, ...], centre: float, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Anchors of the cell at the origin, Tensor[A, 4], ratios outermost."""
         root = torch.tensor(self.ratios, dtype=dtype, device=device).sqrt()
         size = torch.tensor(sizes, dtype=dtype, device=device)
         heights = (root[:, None] * size).flatten()  # [A]
         widths = ((1 / root)[:, None] * size).flatten()  # [A]
-        base = torch.stack([-widths, -heights, widths, heights], dim=1) / 2
+        base = torch.stack([-widths, -heights, widths, heights], dim=1) / 2 + centre
         return base.round() if self.rounding else base

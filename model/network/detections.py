@@ -47,6 +47,9 @@ class Detections:
     image_size: tuple[int, int]
     """(H, W) of the original picture in pixels."""
 
+    paste: str = "box"
+    """How masks come into the picture: "box" or "grid", see `dsg.ops.masks`."""
+
     def __post_init__(self) -> None:
         for name in ("boxes", "scores", "mask_probs"):
             if not _is_floating(getattr(self, name)):
@@ -70,20 +73,20 @@ class Detections:
         if isinstance(self.mask_probs, np.ndarray):
             from dsg.ops.array_masks import paste_arrays
 
-            return paste_arrays(self.mask_probs, self.boxes, self.image_size)
+            return paste_arrays(self.mask_probs, self.boxes, self.image_size, paste=self.paste)
         from dsg.ops.masks import paste_masks  # torch comes in only where it is used
 
-        return paste_masks(self.mask_probs, self.boxes, self.image_size)
+        return paste_masks(self.mask_probs, self.boxes, self.image_size, paste=self.paste)
 
     def rle(self) -> list[dict[str, Any]]:
         """The masks as n COCO RLEs `{"size": [H, W], "counts": str}`, made without a full-size mask."""
         if isinstance(self.mask_probs, np.ndarray):
             from dsg.ops.array_masks import encode_arrays
 
-            return encode_arrays(self.mask_probs, self.boxes, self.image_size)
+            return encode_arrays(self.mask_probs, self.boxes, self.image_size, paste=self.paste)
         from dsg.ops.masks import encode_masks  # torch comes in only where it is used
 
-        return encode_masks(self.mask_probs, self.boxes, self.image_size)
+        return encode_masks(self.mask_probs, self.boxes, self.image_size, paste=self.paste)
 
     def to_coco(self, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
         """COCO results: one dict a detection, in plain Python numbers, nothing rounded.
@@ -146,7 +149,7 @@ class Detections:
         rows = np.flatnonzero(wanted) if isinstance(wanted, np.ndarray) else wanted.nonzero()[:, 0]
         rows = rows[:max_detections]  # [k]
         return Detections(
-            self.boxes[rows], self.scores[rows], self.labels[rows], self.mask_probs[rows], self.image_size
+            self.boxes[rows], self.scores[rows], self.labels[rows], self.mask_probs[rows], self.image_size, self.paste
         )
 
     def to(self, device: torch.device | str) -> Detections:
@@ -155,13 +158,14 @@ class Detections:
             import torch
 
             fields = (self.boxes, self.scores, self.labels, self.mask_probs)
-            return Detections(*map(torch.from_numpy, fields), self.image_size).to(device)
+            return Detections(*map(torch.from_numpy, fields), self.image_size, self.paste).to(device)
         return Detections(
             self.boxes.to(device),
             self.scores.to(device),
             self.labels.to(device),
             self.mask_probs.to(device),
             self.image_size,
+            self.paste,
         )
 
 

@@ -1,11 +1,14 @@
-"""The network: Mask R-CNN, and with switches DSG (paper Fig. 2).
+"""What every network of this family does: pictures -> pyramid -> proposals -> what its heads make of them.
 
-B images, K proposals or detections of an image, R RoIs of a batch in one list, C channels, m side of a mask.
+`MaskRCNN` (with the paper's switches: DSG) and the cascades say what the heads are.
+
+B images, K proposals and D detections of an image, R RoIs of a batch in one list, C channels, m side of a mask.
 Boxes are xyxy pixels of the resized picture.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +17,26 @@ from dsg.model.network.anchors import AnchorGenerator
 from dsg.model.network.batch import normalise, stack_images, stack_targets
 from dsg.model.network.config import DetectorConfig
 from dsg.model.network.detections import Detections
-from dsg.model.network.heads import BoxHead, Fusion, MaskHead
-from dsg.model.network.losses import RoISampler, RPNLoss, box_head_loss, crop_masks, mask_loss, rows_with_mask
-from dsg.model.network.postprocess import KeptBoxes, select_boxes
-from dsg.model.network.rpn import ProposalSelector, RPNHead, widen
-from dsg.model.network.types import PaddedDetections, ProposalMasks, Targets
-from dsg.ops import MultiScaleSgRoIAlign
+from dsg.model.network.losses import RPNLoss
+from dsg.model.network.postprocess import KeptBoxes
+from dsg.model.network.rpn import ProposalSelector, RPNHead
+from dsg.model.network.types import PaddedDetections, ProposalMasks, Proposals, Targets
 
 _ROWS = 256
+Carried = TypeVar("Carried")
+"""What a family's masks need of what its boxes were made of."""
 
 
-class Detector(nn.Module):
-    """A two-stage detector with masks, put together from its parts by `build`.
+class Detector(nn.Module, Generic[Carried]):
+    """A region-based detector with masks, put together from its parts by `build`.
+
+    A family defines `_roi_losses`, `_detect_boxes` and `_predict_masks`.
 
     Args:
-        config: thresholds and the paper's switches; its sizes have gone into the parts.
+        config: thresholds and switches; its sizes have gone into the parts.
         backbone: [B, 3, H, W] normalised -> five pyramid levels [B, C, H / 2^l, W / 2^l], l = 2..6.
         anchors, rpn_head, selector: from the pyramid to proposals.
-        mpn: mask proposal network, one class-agnostic mask a proposal; None is Mask R-CNN.
-        box_features, mask_features: RoI features of the two heads, shape-guided when given masks.
-        box_head, mask_head: class logits and offsets; masks of each class.
-        fuse_box, fuse_mask: bring the mask proposal network's features into the two heads.
-        rpn_loss, roi_sampler: used in training only.
+        rpn_loss: used in training only.
     """
 
     pixel_mean: Tensor
@@ -50,15 +51,7 @@ class Detector(nn.Module):
         anchors: AnchorGenerator,
         rpn_head: RPNHead,
         selector: ProposalSelector,
-        mpn: MaskHead | None,
-        box_features: MultiScaleSgRoIAlign,
-        mask_features: MultiScaleSgRoIAlign,
-        box_head: BoxHead,
-        mask_head: MaskHead,
-        fuse_box: Fusion | None,
-        fuse_mask: Fusion | None,
         rpn_loss: RPNLoss,
-        roi_sampler: RoISampler,
     ) -> None:
         super().__init__()
         self.config = config
@@ -66,19 +59,11 @@ class Detector(nn.Module):
         self.anchors = anchors
         self.rpn_head = rpn_head
         self.selector = selector
-        self.mpn = mpn
-        self.box_features = box_features
-        self.mask_features = mask_features
-        self.box_head = box_head
-        self.mask_head = mask_head
-        self.fuse_box = fuse_box
-        self.fuse_mask = fuse_mask
         self.rpn_loss = rpn_loss
-        self.roi_sampler = roi_sampler
         # float64, so that a network in float64 does not carry the rounding of float32
         for name in ("pixel_mean", "pixel_std"):
             self.register_buffer(name, torch.tensor(getattr(config, name), dtype=torch.float64), persistent=False)
-        if mpn is not None:
+        if config.mrpn:
             # Guidance is multiplied by this, 1 unless the weights say otherwise: at 0 the maps guide nothing, and the
             # features are those of plain RoIAlign.
             self.register_buffer("guidance_scale", torch.ones(()))
@@ -118,33 +103,12 @@ class Detector(nn.Module):
             batch: Tensor[B, 3, H, W], RGB in 0..1, sides multiples of 32.
             sizes: int64 Tensor[B, 2], the valid (height, width) of each picture.
         """
-        levels, kept, proposal_masks = self._kept_boxes(batch, sizes)
+        kept, carried = self._kept_boxes(batch, sizes)
         labels, origin = kept.labels.flatten(), kept.origin.flatten()  # [B * D]
-        masks = None if proposal_masks is None else proposal_masks.rows(origin)
-        probabilities = self._mask_probs(levels, as_rois(kept.boxes), labels, masks)  # [B * D, m, m]
+        probabilities, overlaps = self._predict_masks(as_rois(kept.boxes), labels, origin, carried)
         by_image = probabilities.unflatten(0, kept.labels.shape)  # [B, D, m, m]
-        return PaddedDetections(kept.valid, kept.boxes, kept.scores, kept.labels, by_image)
-
-    def _detect(self, batch: Tensor, sizes: Tensor, score_threshold: float) -> list[Detections]:
-        """What `infer` finds, without its padding: masks are made of the rows that are returned alone."""
-        levels, kept, proposal_masks = self._kept_boxes(batch, sizes)
-        wanted = kept.valid & (kept.scores >= score_threshold)  # [B, D]
-        rows = wanted.flatten().nonzero().squeeze(1)  # [R]
-        rois = as_rois(kept.boxes)[rows]  # [R, 5]
-        labels = kept.labels.flatten()[rows]  # [R]
-        masks = None if proposal_masks is None else proposal_masks.rows(kept.origin.flatten()[rows])
-        counts = wanted.sum(dim=1).tolist()
-        parts = zip(
-            rois[:, 1:].split(counts),
-            kept.scores.flatten()[rows].split(counts),
-            labels.split(counts),
-            self._mask_probs(levels, rois, labels, masks).split(counts),
-            strict=True,
-        )
-        return [
-            Detections(boxes, scores, own_labels, probabilities, image_size=(height, width))
-            for (boxes, scores, own_labels, probabilities), (height, width) in zip(parts, sizes.tolist(), strict=True)
-        ]
+        found = PaddedDetections(kept.valid, kept.boxes, kept.scores, kept.labels, by_image)
+        return found if overlaps is None else _rescored(found, overlaps.unflatten(0, kept.labels.shape))
 
     def losses(self, batch: Tensor, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Losses by name.
@@ -152,77 +116,75 @@ class Detector(nn.Module):
         Args:
             batch: Tensor[B, 3, H, W], RGB in 0..1; sizes: int64 [B, 2].
         """
-        config = self.config
         levels = self._pyramid(batch, sizes)
         anchors = self.anchors(levels, batch.shape[-2:], batch.dtype)
         objectness, offsets = self.rpn_head(levels)
         result = self.rpn_loss(objectness, offsets, anchors, targets)
-        samples = self.roi_sampler(self.selector(objectness, offsets, anchors, sizes), targets)
+        proposals = self.selector(objectness, offsets, anchors, sizes)
+        return result | self._roi_losses(levels, proposals, sizes, targets)
 
-        # The mask proposal network runs on all sampled RoIs, since the box head needs what it gives; masks are learned
-        # from the positives that have one.
-        proposal_masks = self._proposal_masks(levels, samples.rois)
-        logits, deltas = self._classify(levels, samples.rois, proposal_masks)
-        result |= box_head_loss(logits, deltas, samples, targets, config.box_delta_weights, config.box_smooth_l1_beta)
-        rows = rows_with_mask(samples, targets)  # [P]
-        wanted = crop_masks(targets, samples, rows, 2 * config.mask_pool, config.roi_aligned)  # [P, m, m]
-        if proposal_masks is not None:
-            result["loss_proposal_mask"] = mask_loss(proposal_masks.logits[rows], wanted)
-        filled = rounded_up(rows)  # [Q]
-        row_masks = None if proposal_masks is None else proposal_masks.rows(filled)
-        masks = self._segment(levels, samples.rois[filled], row_masks)  # [Q, num_classes + 1 or 1, m, m]
-        channel = samples.labels[rows] if config.mask_per_class else torch.zeros_like(rows)
-        result["loss_mask"] = mask_loss(masks[torch.arange(len(rows)), channel], wanted)
-        return result
+    @abstractmethod
+    def _roi_losses(
+        self, levels: list[Tensor], proposals: Proposals, sizes: Tensor, targets: Targets
+    ) -> dict[str, Tensor]:
+        """Losses of the heads by name."""
+
+    @abstractmethod
+    def _detect_boxes(self, levels: list[Tensor], proposals: Proposals, sizes: Tensor) -> tuple[KeptBoxes, Carried]:
+        """D detections an image, and what their masks will need."""
+
+    @abstractmethod
+    def _predict_masks(
+        self,
+        rois: Tensor,  # [R, 5], the detections' boxes
+        labels: Tensor,  # int64 [R]
+        origin: Tensor,  # int64 [R]: the row of B * K that each detection came from
+        carried: Carried,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mask probabilities [R, m, m], and where the family foretells it their overlap with the truth [R] in 0..1."""
+
+    def _detect(self, batch: Tensor, sizes: Tensor, score_threshold: float) -> list[Detections]:
+        """What `infer` finds, without its padding: masks are made of the rows that are returned alone."""
+        kept, carried = self._kept_boxes(batch, sizes)
+        wanted = kept.valid & (kept.scores >= score_threshold)  # [B, D]
+        rows = wanted.flatten().nonzero().squeeze(1)  # [R]
+        rois = as_rois(kept.boxes)[rows]  # [R, 5]
+        labels = kept.labels.flatten()[rows]  # [R]
+        scores = kept.scores.flatten()[rows]  # [R]
+        probabilities, overlaps = self._predict_masks(rois, labels, kept.origin.flatten()[rows], carried)
+        if overlaps is not None:
+            scores = scores * overlaps
+        counts = wanted.sum(dim=1).tolist()
+        parts = zip(
+            rois[:, 1:].split(counts),
+            scores.split(counts),
+            labels.split(counts),
+            probabilities.split(counts),
+            strict=True,
+        )
+        found = [
+            Detections(boxes, own_scores, own_labels, own_masks, image_size=(height, width))
+            for (boxes, own_scores, own_labels, own_masks), (height, width) in zip(parts, sizes.tolist(), strict=True)
+        ]
+        return found if overlaps is None else [_in_order(one, score_threshold) for one in found]
 
     def _pyramid(self, batch: Tensor, sizes: Tensor) -> list[Tensor]:
         mean, std = self.pixel_mean.to(batch.dtype), self.pixel_std.to(batch.dtype)
         levels: list[Tensor] = self.backbone(normalise(batch, sizes, mean, std))
         return levels
 
-    def _kept_boxes(self, batch: Tensor, sizes: Tensor) -> tuple[list[Tensor], KeptBoxes, ProposalMasks | None]:
-        """Everything up to the masks: the pyramid, D detections an image, the proposals' masks [B * K]."""
+    def _kept_boxes(self, batch: Tensor, sizes: Tensor) -> tuple[KeptBoxes, Carried]:
+        """Everything up to the masks."""
         levels = self._pyramid(batch, sizes)
         anchors = self.anchors(levels, batch.shape[-2:], batch.dtype)
-        proposals = self.selector(*self.rpn_head(levels), anchors, sizes)
-        rois = as_rois(proposals.boxes)  # [B * K, 5]
-        proposal_masks = self._proposal_masks(levels, rois)
-        logits, deltas = self._classify(levels, rois, proposal_masks)
-        # A detection keeps the mask features of the proposal it came from: F_- follows it through NMS.
-        return levels, select_boxes(logits, deltas, proposals, sizes, self.config), proposal_masks
+        return self._detect_boxes(levels, self.selector(*self.rpn_head(levels), anchors, sizes), sizes)
 
-    def _mask_probs(
-        self, levels: list[Tensor], rois: Tensor, labels: Tensor, masks: ProposalMasks | None
-    ) -> Tensor:  # [R, 5], int64 [R] -> [R, m, m] in 0..1
-        wanted = labels if self.config.mask_per_class else None
-        return widen(self._segment(levels, rois, masks, wanted)).sigmoid().squeeze(1)
-
-    def _proposal_masks(self, levels: list[Tensor], rois: Tensor) -> ProposalMasks | None:
-        if self.mpn is None:
-            return None
-        logits, features = self.mpn(self.mask_features(levels[:-1], rois))  # [R, 1, m, m], [R, C, P, P]
-        guidance = logits[:, 0].sigmoid()
+    def _as_guide(self, logits: Tensor, features: Tensor) -> ProposalMasks:
+        """Mask logits [R, m, m] and their F_- [R, C, P, P] as what guides the next head."""
+        guidance = logits.sigmoid()
         if self.config.detach_guidance:
             guidance = guidance.detach()
-        return ProposalMasks(logits[:, 0], guidance * self.guidance_scale.to(guidance.dtype), features)
-
-    def _classify(self, levels: list[Tensor], rois: Tensor, masks: ProposalMasks | None) -> tuple[Tensor, Tensor]:
-        guidance = masks.guidance if masks is not None and self.config.sgra_box else None
-        features = self.box_features(levels[:-1], rois, guidance)  # [R, C, 7, 7]
-        if masks is not None and self.fuse_box is not None:
-            features = self.fuse_box(features, masks.features)
-        logits, deltas = self.box_head(features)
-        return logits, deltas
-
-    def _segment(
-        self, levels: list[Tensor], rois: Tensor, masks: ProposalMasks | None, labels: Tensor | None = None
-    ) -> Tensor:
-        guidance = masks.guidance if masks is not None and self.config.sgra_mask else None
-        features = self.mask_features(levels[:-1], rois, guidance)  # [R, C, 14, 14]
-        if masks is not None and self.fuse_mask is not None:
-            features = self.fuse_mask(features, masks.features)
-        logits, _ = self.mask_head(features, labels)
-        return logits
+        return ProposalMasks(logits, guidance * self.guidance_scale.to(guidance.dtype), features)
 
 
 def rounded_up(rows: Tensor) -> Tensor:  # int64 [P] -> int64 [Q], Q the next multiple of `_ROWS`
@@ -236,3 +198,21 @@ def as_rois(boxes: Tensor) -> Tensor:  # [B, K, 4] -> [B * K, 5]
     """Boxes of a batch in one list, each with the number of its picture in front."""
     images = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)
     return torch.cat([images[:, None, None].expand(-1, boxes.shape[1], 1), boxes], dim=-1).flatten(0, 1)
+
+
+def _rescored(found: PaddedDetections, overlaps: Tensor) -> PaddedDetections:  # [B, D]
+    """Scores times foretold overlaps, in falling order again; rows that are not valid stay last."""
+    scores = found.scores * overlaps
+    order = scores.where(found.valid, torch.full_like(scores, -1.0)).argsort(dim=1, descending=True, stable=True)
+    row = torch.arange(order.shape[0], device=order.device)[:, None]  # [B, 1]
+    return PaddedDetections(
+        *(part[row, order] for part in (found.valid, found.boxes, scores, found.labels, found.mask_probs))
+    )
+
+
+def _in_order(found: Detections, score_threshold: float) -> Detections:
+    order = found.scores.argsort(descending=True, stable=True)
+    order = order[found.scores[order] >= score_threshold]
+    return Detections(
+        found.boxes[order], found.scores[order], found.labels[order], found.mask_probs[order], found.image_size
+    )

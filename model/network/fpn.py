@@ -18,22 +18,28 @@ class FeaturePyramid(nn.Module):
     Args:
         in_channels: channels of the backbone's levels, finest first.
         out_channels: channels of the pyramid.
+        normalised: batch norm after each convolution, in place of its bias.
 
     Raises:
         ValueError: `in_channels` is empty.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int = 256) -> None:
+    def __init__(self, in_channels: Sequence[int], out_channels: int = 256, normalised: bool = False) -> None:
         super().__init__()
         if not in_channels:
             raise ValueError("in_channels is empty: give the channels of each backbone level, finest first")
         self.in_channels = tuple(in_channels)
         self.out_channels = out_channels
-        self.inner = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
-        self.outer = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
+        bias = not normalised
+        self.inner = nn.ModuleList(nn.Conv2d(channels, out_channels, 1, bias=bias) for channels in in_channels)
+        self.outer = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias) for _ in in_channels)
+        norms = [nn.BatchNorm2d(out_channels) if normalised else nn.Identity() for _ in range(2 * len(in_channels))]
+        self.inner_norms = nn.ModuleList(norms[: len(in_channels)])
+        self.outer_norms = nn.ModuleList(norms[len(in_channels) :])
         for conv in (*self.inner, *self.outer):
             nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
+            if bias:
+                nn.init.zeros_(conv.bias)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:  # L x [B, C_l, H_l, W_l] -> L + 1 levels
         """Pyramid levels, finest first; each has the size of its backbone level, the last is half the one
@@ -44,13 +50,19 @@ class FeaturePyramid(nn.Module):
         """
         if len(features) != len(self.inner):
             raise ValueError(f"the pyramid got {len(features)} levels: give {len(self.inner)}, finest first")
-        merged = self.inner[-1](features[-1])  # [B, out_channels, H_l, W_l]
-        levels = [self.outer[-1](merged)]
+        merged = self._lateral(features, len(features) - 1)  # [B, out_channels, H_l, W_l]
+        levels = [self._smoothed(merged, len(features) - 1)]
         for level in range(len(features) - 2, -1, -1):
-            lateral = self.inner[level](features[level])
+            lateral = self._lateral(features, level)
             # to the finer level's own size: twice the coarser one is a cell too many where a side is odd
             merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
-            levels.append(self.outer[level](merged))
+            levels.append(self._smoothed(merged, level))
         levels.reverse()
         levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
         return levels
+
+    def _lateral(self, features: Sequence[Tensor], level: int) -> Tensor:
+        return self.inner_norms[level](self.inner[level](features[level]))
+
+    def _smoothed(self, merged: Tensor, level: int) -> Tensor:
+        return self.outer_norms[level](self.outer[level](merged))

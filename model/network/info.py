@@ -29,10 +29,14 @@ class Resize:
     interpolation: str = "bilinear"
     antialias: bool = True
     """Low-pass before shrinking; torchvision's detectors do not."""
+    rounding: str = "down"
+    """Fractions of a pixel: cut off (down), or to the nearest whole one (nearest; detectron2, mmdetection)."""
 
     def __post_init__(self) -> None:
         if self.interpolation != "bilinear":
             raise ValueError(f"resize interpolation must be 'bilinear', got {self.interpolation!r}")
+        if self.rounding not in ("down", "nearest"):
+            raise ValueError(f"resize rounding must be 'down' or 'nearest', got {self.rounding!r}")
         if not 0 < self.short_side <= self.long_side:
             raise ValueError(f"resize needs 0 < short_side <= long_side, got {self.short_side} and {self.long_side}")
 
@@ -59,6 +63,8 @@ class CheckpointInfo:
     unless asked for. Empty: `score_threshold` for all."""
     class_precision: float = 0.0
     """Share of right detections that `class_thresholds` were chosen for, 0..1; 0 where nothing was chosen."""
+    paste: str = "box"
+    """How masks come into the picture: box, as torchvision does it, or grid, at pixel centres; see `dsg.ops.masks`."""
     licence: str = ""
     """Of the weights, with what their training data demands."""
     version: str = ""

@@ -1,4 +1,5 @@
-"""Batch normalisation that never changes: a detector's batches are too small to measure statistics on.
+"""Batch normalisation that never changes, since a detector's batches are too small to measure statistics on; and one
+that does, for heads, which see hundreds of RoIs.
 
 Letters: B images, C channels, H and W height and width.
 """
@@ -59,6 +60,17 @@ class FrozenBatchNorm2d(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class HeadNorm(nn.BatchNorm2d):
+    """`BatchNorm2d` that a step without a single RoI leaves as it was: nothing cannot be averaged."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [R, C, H, W] -> [R, C, H, W]
+        """Normalise by the statistics of `x` in training, by the running ones otherwise or where R is 0."""
+        if self.training and x.shape[0] == 0:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        normalised: Tensor = super().forward(x)
+        return normalised
 
 
 def convolve_and_normalise(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +157,8 @@ class Predictor:
             prepared: from `prepare`.
             score_threshold: 0..1; what scores less may be missing, which saves the time of its mask.
         """
-        return self.runtime.detect(prepared, score_threshold)
+        results = self.runtime.detect(prepared, score_threshold)
+        return [replace(found, paste=self.info.paste) for found in results]
 
     def _run_bucket(
         self, bucket: list[tuple[int, PreparedImage]], threshold: float | tuple[float, ...], most: int

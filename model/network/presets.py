@@ -23,22 +23,49 @@ _LITE = {
     "proposals_train": 600,
     "roi_samples": 256,
 }
-_BACKBONES: dict[str, dict[str, Any]] = {
+_RESNETS: dict[str, dict[str, Any]] = {
     "r50": {"backbone": "resnet50", **_RESNET},
     "r101": {"backbone": "resnet101", **_RESNET},
+    "x101_32x4d": {"backbone": "resnext101_32x4d", **_RESNET},
+    "x101_32x8d": {"backbone": "resnext101_32x8d", **_RESNET},
+    "x101_64x4d": {"backbone": "resnext101_64x4d", **_RESNET},
+}
+_BACKBONES: dict[str, dict[str, Any]] = {
+    **_RESNETS,
     "lite0": {"backbone": "lite0", **_LITE},
     "lite2": {"backbone": "lite2", **_LITE},
+    **{f"{name}_dcn": {**parts, "dcn": True} for name, parts in _RESNETS.items()},
 }
+# the four designs of the paper's full model; SgRA_M is its rejected fifth
+_DSG = {"mrpn": True, "fuse_mask": True, "sgra_box": True, "fuse_box": True}
+# instances are all that most data know; overrides.semantic is "stuff" where there are maps, "off" without the branch
+_HTC = {"cascade": True, "semantic": "instances"}
 _SYSTEMS: dict[str, dict[str, Any]] = {
     "mask_rcnn": {},
-    # the four designs of the paper's full model; SgRA_M is its rejected fifth
-    "dsg": {"mrpn": True, "fuse_mask": True, "sgra_box": True, "fuse_box": True},
+    "dsg": _DSG,
+    "cascade_mask_rcnn": {"cascade": True},
+    "cascade_dsg": {"cascade": True, **_DSG},
+    "htc": {**_HTC, "interleaved": True},
+    "htc_dsg": {**_HTC, **_DSG},
+    # the successor's own loss weights and average of scores
+    "dsc": {
+        **_HTC,
+        **_DSG,
+        "guidance_per_class": False,
+        "mask_stages": 1,
+        "score_stages": 2,
+        "stage_class_loss_weights": (1.0, 1.0, 1.0),
+        "stage_box_loss_weights": (1.0, 0.5, 0.5),
+        "stage_mask_loss_weights": (1.0, 1.0, 1.0),
+    },
 }
 _PRESETS: dict[str, DetectorConfig] = {
     f"{system}_{backbone}_fpn": DetectorConfig(**parts, **switches)
     for system, switches in _SYSTEMS.items()
     for backbone, parts in _BACKBONES.items()
 }
+# torchvision's second recipe
+_PRESETS["mask_rcnn_r50_v2_fpn"] = DetectorConfig(**_RESNETS["r50"], normalised_heads=True)
 
 
 def presets() -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsg.model.network.config import IMAGENET_MEAN, IMAGENET_STD
+from dsg.model.network.deformable import DeformableConv
 from dsg.model.network.norm import FrozenBatchNorm2d, convolve_and_normalise
 
 BLOCKS_OF_DEPTH = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # blocks of layer1 to layer4
@@ -27,6 +28,7 @@ class Bottleneck(nn.Module):
         width_per_group: its channels per group where `planes` is 64.
         stride_in_1x1: put the stride into the first 1x1 instead of the 3x3.
         norm_eps: eps of the batch norms.
+        deformable: the 3x3 convolution is deformable; modulated: in its second version.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class Bottleneck(nn.Module):
         width_per_group: int,
         stride_in_1x1: bool,
         norm_eps: float,
+        deformable: bool = False,
+        modulated: bool = False,
     ) -> None:
         super().__init__()
         width = planes * width_per_group // 64 * groups
@@ -46,7 +50,11 @@ class Bottleneck(nn.Module):
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = nn.Conv2d(in_channels, width, 1, stride=stride_1x1, bias=False)
         self.bn1 = FrozenBatchNorm2d(width, norm_eps)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride_3x3, padding=1, groups=groups, bias=False)
+        self.conv2: nn.Conv2d | DeformableConv = (
+            DeformableConv(width, width, stride_3x3, groups, modulated)
+            if deformable
+            else nn.Conv2d(width, width, 3, stride=stride_3x3, padding=1, groups=groups, bias=False)
+        )
         self.bn2 = FrozenBatchNorm2d(width, norm_eps)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = FrozenBatchNorm2d(out_channels, norm_eps)
@@ -59,7 +67,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, 4 * planes, H / stride, W / stride]
         out = F.relu(convolve_and_normalise(self.conv1, self.bn1, x), inplace=True)
-        out = F.relu(convolve_and_normalise(self.conv2, self.bn2, out), inplace=True)
+        if isinstance(self.conv2, DeformableConv):
+            out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        else:
+            out = F.relu(convolve_and_normalise(self.conv2, self.bn2, out), inplace=True)
         out = convolve_and_normalise(self.conv3, self.bn3, out)
         out += self.downsample(x)
         return F.relu(out, inplace=True)
@@ -80,6 +91,8 @@ class ResNet(nn.Module):
             from; False puts them into the 3x3, as torchvision does.
         frozen_stages: how many of stem, layer1, ..., layer4 keep their weights in training; 2 freezes stem
             and layer1, 0 trains all.
+        deformable: deformable 3x3 convolutions in layer2 to layer4, the paper's stages 3 to 5.
+        modulated: their second version.
 
     Raises:
         ValueError: `depth` is unknown or `frozen_stages` not in 0..5.
@@ -89,6 +102,8 @@ class ResNet(nn.Module):
     pixel_std: ClassVar[tuple[float, float, float]] = IMAGENET_STD
     # tensors of a weight file that the backbone has no use for
     classifier_prefixes: ClassVar[tuple[str, ...]] = ("fc.",)
+    # modules that start fresh where a weight file lacks them
+    optional_parts: ClassVar[tuple[str, ...]] = (".conv2.offset",)
     out_channels: tuple[int, ...] = (256, 512, 1024, 2048)
     strides: tuple[int, ...] = (4, 8, 16, 32)
 
@@ -101,6 +116,8 @@ class ResNet(nn.Module):
         norm_eps: float = 1e-5,
         stride_in_1x1: bool = False,
         frozen_stages: int = 2,
+        deformable: bool = False,
+        modulated: bool = False,
     ) -> None:
         super().__init__()
         if depth not in BLOCKS_OF_DEPTH:
@@ -123,13 +140,15 @@ class ResNet(nn.Module):
                         width_per_group=width_per_group,
                         stride_in_1x1=stride_in_1x1,
                         norm_eps=norm_eps,
+                        deformable=deformable and stage > 0,
+                        modulated=modulated,
                     )
                 )
                 in_channels = self.out_channels[stage]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
 
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and not name.endswith(self.optional_parts):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         stages = [self.conv1, *self._layers()]
         for stage_module in stages[:frozen_stages]:

@@ -20,14 +20,16 @@ class RPNHead(nn.Module):
     Args:
         channels: of the pyramid.
         anchors_per_cell: A.
+        depth: 3x3 convolutions.
     """
 
-    def __init__(self, channels: int, anchors_per_cell: int) -> None:
+    def __init__(self, channels: int, anchors_per_cell: int, depth: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.further = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(depth - 1))
         self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
         self.deltas = nn.Conv2d(channels, anchors_per_cell * 4, 1)
-        for layer in (self.conv, self.objectness, self.deltas):
+        for layer in (self.conv, *self.further, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.get_parameter("bias"))
 
@@ -43,6 +45,8 @@ class RPNHead(nn.Module):
         logits, deltas = [], []
         for features in levels:
             hidden = functional.relu(self.conv(features), inplace=True)  # [B, C, Hf, Wf]
+            for conv in self.further:
+                hidden = functional.relu(conv(hidden), inplace=True)
             logits.append(widen(self.objectness(hidden)).permute(0, 2, 3, 1).flatten(1))  # [B, Hf * Wf * A]
             by_cell = widen(self.deltas(hidden)).permute(0, 2, 3, 1)  # [B, Hf, Wf, A * 4]
             deltas.append(by_cell.reshape(features.shape[0], -1, 4))  # [B, Hf * Wf * A, 4]

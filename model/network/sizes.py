@@ -12,6 +12,7 @@ def padded_size(height: int, width: int) -> tuple[int, int]:
 
 
 def resized_size(height: int, width: int, how: Resize) -> tuple[int, int]:
-    """(height, width) after the resize: fractions of a pixel are cut off, at least one pixel stays."""
+    """(height, width) after the resize; at least one pixel stays."""
     scale = min(how.short_side / min(height, width), how.long_side / max(height, width))
-    return max(int(height * scale), 1), max(int(width * scale), 1)
+    half = 0.5 if how.rounding == "nearest" else 0.0
+    return max(int(height * scale + half), 1), max(int(width * scale + half), 1)

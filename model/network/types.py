@@ -29,6 +29,7 @@ class Targets:
     has_mask: Tensor  # bool [B, G]: box losses only where False
     ignore_boxes: Tensor  # [B, I, 4]: crowd regions, never positives, never negatives; zeros where there is none
     masks: list[Tensor]  # uint8 or bool [n, H, W] of each image, n <= G, the rows of its boxes
+    semantic: list[Tensor] | None = None  # uint8 or int64 [H, W] of each image: its classes, 255 unknown
 
 
 @dataclass(frozen=True)

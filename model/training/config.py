@@ -98,6 +98,9 @@ class BatchConfig:
     0: all equally often."""
     cache_images: bool = False
     """Keep all training pictures decoded in memory: 3 bytes a pixel."""
+    stuff_maps: str = ""
+    """Folder of semantic maps of the training pictures, for networks with overrides.semantic = "stuff": PNG files named
+    as the pictures, the class of each pixel, 255 unknown. Empty: none."""
 
     def __post_init__(self) -> None:
         _positive("batch.images", self.images)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dsg.model.network.backbones import load_backbone_weights
+from dsg.model.network.guided_start import guided_start, lacks_guidance
 from dsg.model.network.predictor import shipped_weights, weights_path
 from dsg.model.training.errors import TrainingError
 
@@ -25,8 +26,8 @@ def initialise(model: nn.Module, source: str) -> str:
     """Fills a network from weights that were trained before.
 
     From a checkpoint of this project every tensor of the same name and shape is taken; others, such as the
-    last layers of a network for another number of classes, stay as they are. Any other file must be the
-    backbone's.
+    last layers of a network for another number of classes, stay as they are. A network with guidance takes a plain
+    one's weights and starts from its predictions. Any other file must be the backbone's.
 
     Args:
         model: the network, changed in place.
@@ -64,6 +65,9 @@ def _is_checkpoint(path: Path) -> bool:
 def _from_checkpoint(model: nn.Module, path: Path) -> str:
     found = load_file(path)
     own = model.state_dict()
+    guided = lacks_guidance(own, found)
+    if guided:
+        found |= guided_start(own, found)
     fits = {name for name, tensor in own.items() if name in found and found[name].shape == tensor.shape}
     if not fits:
         raise TrainingError(f"--init {path}: none of its tensors fits this network; is it another preset?")
@@ -71,6 +75,8 @@ def _from_checkpoint(model: nn.Module, path: Path) -> str:
         own[name].copy_(found[name])
     fresh = [name for name in own if name not in fits]
     line = f"init: {len(fits)} of {len(own)} tensors from {path.name}"
+    if guided:
+        line += ", which has no guidance: it comes in over the warm-up"
     if fresh:
         more = f" and {len(fresh) - _NAMES_SHOWN} more" if len(fresh) > _NAMES_SHOWN else ""
         line += f"; fresh, since absent there or of another shape: {', '.join(fresh[:_NAMES_SHOWN])}{more}"

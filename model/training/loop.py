@@ -18,6 +18,7 @@ from dsg.model.training.checkpoint import TrainState, seed_step
 from dsg.model.training.config import Recipe
 from dsg.model.training.errors import TrainingError
 from dsg.model.training.graphs import capture
+from dsg.model.training.guidance import raise_guidance
 from dsg.model.training.log import TrainingLog
 from dsg.model.training.optim import Schedule, clip_gradients, set_learning_rate
 from dsg.model.training.stop import StopRequest
@@ -124,6 +125,8 @@ class TrainLoop:
         factor = self.schedule.factor(state.iteration)
         set_learning_rate(state.optimizer, factor)
         seed_step(self.recipe.run.seed, state.iteration, self.ranks.rank)
+        averages = [state.ema.module] if state.ema else []
+        raise_guidance([state.model, *averages], state.iteration, self.schedule.warmup_iterations)
         sums: dict[str, Tensor] = {}
         for part, (images, targets) in enumerate(self._next_parts(parts)):
             # Earlier parts' gradients stay on this process; the last backward averages their sum over all.

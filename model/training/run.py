@@ -14,6 +14,7 @@ from dsg.model.data.loader import build_train_loader
 from dsg.model.data.records import CocoData
 from dsg.model.data.transforms import Augment
 from dsg.model.network.build import build
+from dsg.model.network.detector import Detector
 from dsg.model.training import distributed
 from dsg.model.training.checkpoint import TrainState, load_state, save_state
 from dsg.model.training.config import Recipe
@@ -74,6 +75,7 @@ def train(
         _check_batch(recipe, ranks)
         torch.manual_seed(recipe.run.seed)
         model = build_network(recipe, len(train_set.categories))
+        _check_maps(recipe, model)
         begun = "init: random numbers; --init BACKBONE.safetensors learns much faster"
         if init and not resume:
             begun = initialise(model, init)
@@ -88,7 +90,13 @@ def train(
         workers = min(recipe.batch.workers, max(1, (os.cpu_count() or 1) // ranks.world_size))
         augment = Augment(recipe.augment)
         loader = build_train_loader(
-            CocoDataset(train_set, augment, seed=recipe.run.seed, cache_images=recipe.batch.cache_images),
+            CocoDataset(
+                train_set,
+                augment,
+                seed=recipe.run.seed,
+                cache_images=recipe.batch.cache_images,
+                maps=Path(recipe.batch.stuff_maps) if recipe.batch.stuff_maps else None,
+            ),
             recipe.batch.images,
             seed=recipe.run.seed,
             workers=workers,
@@ -153,6 +161,14 @@ def build_network(recipe: Recipe, num_classes: int) -> nn.Module:
             f"{recipe.build_file}: build(num_classes) gave {type(network).__name__}; it must return a torch nn.Module"
         )
     return network
+
+
+def _check_maps(recipe: Recipe, model: nn.Module) -> None:
+    if isinstance(model, Detector) and model.config.semantic == "stuff" and not recipe.batch.stuff_maps:
+        raise TrainingError(
+            'overrides.semantic = "stuff" learns from semantic maps: give their folder as batch.stuff_maps, or use'
+            ' overrides.semantic = "instances"'
+        )
 
 
 def _check_batch(recipe: Recipe, ranks: distributed.Ranks) -> None:

@@ -29,6 +29,8 @@ def test_shipped_names():
         "paper_1x",
         "paper_20e",
         "paper_2x",
+        "paper_multiscale",
+        "systems_organoids",
     ]
 
 
@@ -52,6 +54,13 @@ def test_paper_recipes_hold_the_papers_numbers():
     assert (one.schedule.iterations, one.schedule.steps) == (90_000, (60_000, 80_000))
     assert (two.schedule.iterations, two.schedule.steps) == (180_000, (120_000, 160_000))
     assert (twenty.schedule.epochs, twenty.schedule.steps) == (20, (16, 19))
+
+
+def test_the_largest_models_are_trained_at_many_scales():
+    recipe = load_recipe("paper_multiscale")
+    augment = recipe.augment
+    assert (augment.short_sides, augment.short_side_range, augment.long_side) == ((400, 1400), True, 1600)
+    assert (recipe.optimizer.clip_norm, recipe.schedule.epochs, recipe.schedule.steps) == (35, 20, (16, 19))
 
 
 def test_settings_are_typed():

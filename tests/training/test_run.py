@@ -224,6 +224,11 @@ def test_what_cannot_start_says_so_in_one_line(shapes, tmp_path, quiet):
     if not torch.cuda.is_available():
         refused(TrainingError, "PyTorch sees no GPU: use device cpu", [file], device="cuda")
     refused(ValueError, "unknown device 'gpu'; use cpu, cuda or cuda:N", [file], device="gpu")
+    recipe = small_recipe("model=htc_lite0_fpn", "overrides.semantic=stuff")
+    refused(TrainingError, "give their folder as batch.stuff_maps", [file])
+    recipe = small_recipe("model=htc_lite0_fpn", "overrides.semantic=stuff", f"batch.stuff_maps={tmp_path}")
+    refused(DataError, "no such map", [file])
+    recipe = small_recipe("schedule.iterations=1")
     document = json.loads(file.read_text())
     document["categories"] = [{"id": 7, "name": "ring"}, {"id": 3, "name": "rod"}]
     other = file.with_name("other.json")
