@@ -1,7 +1,9 @@
 """The servers that `dsg bench service` measures, each started, waited for and ended."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -56,18 +58,23 @@ def serving(what: str, setup: Setup, deadline_s: float) -> Iterator[Running]:
     environment = {"DSG_MAX_BATCH": str(setup.max_batch)}
     began = time.monotonic()
     process = subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         _wait_ready(process, f"http://127.0.0.1:{port}{probe}", what)
         yield Running(port, time.monotonic() - began, process.pid)
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        # LitServe's own processes outlive it; those of a server are all of one group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def in_process(setup: Setup, pictures: Path, seconds: float) -> tuple[float, float]:
