@@ -29,16 +29,17 @@ def time_row(case: str, milliseconds: float, baseline: float) -> Row:
     return Row(case, round(milliseconds, 4), "ms", round(baseline, 4), round(baseline / milliseconds, 3))
 
 
-def write(path: Path, rows: list[Row], device: torch.device) -> None:
+def write(path: Path, rows: list[Row], device: torch.device, *, add: bool = False) -> None:
     """Write one file of results.
 
     Args:
         path: its stem becomes the name of the results.
         rows: in the order to show them.
         device: what was measured.
+        add: rows that the file has already stay, but those of the same cases.
 
     Raises:
-        ValueError: no commit is known.
+        ValueError: no commit is known; or rows are to be added to those of another device, commit or torch.
         OSError: the file cannot be written.
     """
     document = {
@@ -49,6 +50,15 @@ def write(path: Path, rows: list[Row], device: torch.device) -> None:
         "torch": torch.__version__,
         "rows": [asdict(row) for row in rows],
     }
+    if add and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("commit", "device", "torch"):
+            if before[key] != document[key]:
+                raise ValueError(
+                    f"{path} was measured with {key} {before[key]}, not {document[key]}: write another file"
+                )
+        measured = {row.case for row in rows}
+        document["rows"] = [row for row in before["rows"] if row["case"] not in measured] + document["rows"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

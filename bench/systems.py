@@ -48,60 +48,86 @@ def chosen(names: Sequence[str]) -> list[System]:
     return [system for system in SYSTEMS if system.name in wanted]
 
 
-def run(
-    systems: Sequence[System],
-    train_options: Sequence[str],
-    runs: Path,
-    *,
-    backbone: str,
-    side_by_side: int,
-    say: Callable[[str], None],
-) -> list[Row]:
-    """Train each system in a process of its own, and compare what they scored at the end.
+@dataclass(frozen=True)
+class Run:
+    """One training: a system from one seed."""
 
-    Runs that are finished in `runs` are not repeated, and stopped ones go on.
+    system: System
+    seed: int
+    folder: Path
+
+    @property
+    def best(self) -> Path:
+        """Its weights."""
+        return self.folder / "best.safetensors"
+
+
+def planned(systems: Sequence[System], seeds: Sequence[int], runs: Path) -> list[Run]:
+    """Each system from each seed, in a folder of its own, seeds outermost so that early ones can be looked at."""
+    return [
+        Run(system, seed, runs / f"{system.name.lower().replace(' ', '_')}_seed{seed}")
+        for seed in seeds
+        for system in systems
+    ]
+
+
+def train(
+    plan: Sequence[Run], train_options: Sequence[str], *, backbone: str, side_by_side: int, say: Callable[[str], None]
+) -> None:
+    """Train each run in a process of its own. Finished ones are not repeated, and stopped ones go on.
 
     Args:
         train_options: of `dsg train`, without --out and --resume.
-        runs: folder of the runs, a folder a system.
         side_by_side: how many at once, on one device.
 
     Raises:
         ValueError: runs that failed, with their logs.
     """
-    runs.mkdir(parents=True, exist_ok=True)
 
-    def train(system: System) -> str | None:
-        folder = runs / system.name.lower().replace(" ", "_")
+    def train_one(run: Run) -> str | None:
+        system, folder = run.system, run.folder
         if final_scores(folder):
-            say(f"{system.name}: finished before")
+            say(f"{folder.name}: finished before")
             return None
         command = [sys.executable, "-m", "dsg.cli", "train", *train_options, "--out", str(folder)]
-        command += ["--set", f"model={system.model.format(backbone=backbone)}"]
+        command += ["--set", f"model={system.model.format(backbone=backbone)}", "--set", f"run.seed={run.seed}"]
         command += ["--set", f"overrides.{system.override}=true"] if system.override else []
         command += ["--resume"] if (folder / "last").exists() else []
-        log = runs / f"{folder.name}.log"
-        say(f"{system.name}: {log}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.with_suffix(".log")
+        say(f"{folder.name}: {log}")
         with log.open("a", encoding="utf-8") as lines:
             done = subprocess.run(command, stdout=lines, stderr=subprocess.STDOUT, check=False)
-        return None if done.returncode == 0 and final_scores(folder) else f"{system.name} ({log})"
+        return None if done.returncode == 0 and final_scores(folder) else f"{folder.name} ({log})"
 
     with ThreadPoolExecutor(side_by_side) as pool:
-        failed = [name for name in pool.map(train, systems) if name]
+        failed = [name for name in pool.map(train_one, plan) if name]
     if failed:
         raise ValueError(f"not finished: {', '.join(failed)}; run it again to go on")
-    scores = {system.name: final_scores(runs / system.name.lower().replace(" ", "_")) for system in systems}
-    return [
-        Row(
-            f"{system.name}, {'box' if kind == 'bbox' else 'mask'} AP; baseline {system.baseline}",
-            round(100 * scores[system.name][kind], 2),
-            "AP",
-            round(100 * scores[system.baseline][kind], 2),
-            round(scores[system.name][kind] / max(scores[system.baseline][kind], 1e-9), 3),
-        )
-        for system in systems
-        for kind in ("bbox", "segm")
-    ]
+
+
+def compare(plan: Sequence[Run], title: str) -> list[Row]:
+    """AP of every finished run beside the run that its system is compared with, of the same seed, and their means.
+
+    Args:
+        title: what the cases begin with: the recipe's name.
+    """
+    scores = {(run.system.name, run.seed): final_scores(run.folder) for run in plan}
+    seeds = list(dict.fromkeys(run.seed for run in plan))
+    rows = []
+    for system in dict.fromkeys(run.system for run in plan):
+        for kind, what in (("bbox", "box"), ("segm", "mask")):
+            pairs = [(scores[system.name, seed][kind], scores[system.baseline, seed][kind]) for seed in seeds]
+            cases = [(f"seed {seed}", *pair) for seed, pair in zip(seeds, pairs, strict=True)]
+            if len(seeds) > 1:
+                means = (sum(side) / len(seeds) for side in zip(*pairs, strict=True))
+                cases.append((f"mean of {len(seeds)} seeds", *means))
+            for which, own, other in cases:
+                case = f"{title}: {system.name}, {what} AP, {which}; baseline {system.baseline}"
+                rows.append(
+                    Row(case, round(100 * own, 2), "AP", round(100 * other, 2), round(own / max(other, 1e-9), 3))
+                )
+    return rows
 
 
 def final_scores(folder: Path) -> dict[str, float]:

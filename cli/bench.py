@@ -118,9 +118,17 @@ def systems(
         list[str] | None, typer.Option(help="A system, such as 'Cascade DSG'; repeat.", show_default="all of them")
     ] = None,
     side_by_side: Annotated[int, typer.Option(help="Runs at once on the device.", min=1)] = 4,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed of every system's run; repeat.", show_default="0")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs; finished ones are not repeated.")] = Path(
         "runs/systems"
     ),
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="PNG file to draw: masks of the fullest pictures by each system of the first seed."),
+    ] = None,
+    add: Annotated[bool, typer.Option("--add", help="Keep the rows that --out has already.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in dsg train, for every run.")
     ] = None,
@@ -130,9 +138,12 @@ def systems(
     import torch
 
     from dsg.bench import report
-    from dsg.bench.systems import chosen, run
+    from dsg.bench.pictures import draw_runs
+    from dsg.bench.systems import chosen, compare, planned, train
 
-    wanted = chosen(system or [])
+    if pictures is not None and not val:
+        raise ValueError("--pictures shows pictures of --val: give it")
+    plan = planned(chosen(system or []), seed or [0], runs)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     report.commit()
     options = ["--config", config]
@@ -147,14 +158,12 @@ def systems(
             options += [flag, str(value)]
     options += ["--init", init] if init else []
     options += ["--device", device] if device else []
-    rows = run(
-        wanted,
-        options,
-        runs,
-        backbone=backbone,
-        side_by_side=side_by_side,
-        say=lambda line: typer.echo(line, err=True),
-    )
-    report.write(out, rows, place)
+    say = lambda line: typer.echo(line, err=True)  # noqa: E731
+    train(plan, options, backbone=backbone, side_by_side=side_by_side, say=say)
+    rows = compare(plan, Path(config).stem)
+    report.write(out, rows, place, add=add)
     for row in rows:
         typer.echo(f"{row.value:7.2f}  {row.value - row.baseline:+6.2f}  {row.case}")
+    if pictures is not None:
+        first = {run.system.name: run.best for run in plan if run.seed == plan[0].seed}
+        draw_runs(first, val or [], val_images or [], pictures, str(place))

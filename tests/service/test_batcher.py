@@ -260,9 +260,7 @@ def test_what_is_late_is_dropped_before_it_runs(batcher: Rig, predictor: FakePre
     assert metrics.registry.get_sample_value("dsg_dropped_pictures_total", {"cause": "deadline"}) == 1
 
 
-def test_what_is_cancelled_leaves_the_queue_at_once(
-    batcher: Rig, predictor: FakePredictor, metrics: Metrics
-) -> None:
+def test_what_is_cancelled_leaves_the_queue_at_once(batcher: Rig, predictor: FakePredictor, metrics: Metrics) -> None:
     occupy(batcher, predictor)
     futures = batcher.submit(predictor, [prepared(predictor)] * 3, FAR)
     assert futures[1].cancel()
