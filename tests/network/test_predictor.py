@@ -43,8 +43,10 @@ def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def same(one, other):
-    return all(
-        torch.equal(getattr(one, part), getattr(other, part)) for part in ("boxes", "scores", "labels", "mask_probs")
+    """Equal but for the last bits: on several threads they depend on a RoI's row in a matrix product."""
+    return torch.equal(one.labels, other.labels) and all(
+        torch.allclose(getattr(one, part), getattr(other, part), rtol=1e-5, atol=1e-5)
+        for part in ("boxes", "scores", "mask_probs")
     )
 
 
