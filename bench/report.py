@@ -42,13 +42,14 @@ def write(path: Path, rows: list[Row], device: torch.device, *, add: bool = Fals
         ValueError: no commit is known; or rows are to be added to those of another device, commit or torch.
         OSError: the file cannot be written.
     """
+    entries = [asdict(row) for row in rows]
     document = {
         "name": path.stem,
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
         "torch": torch.__version__,
-        "rows": [asdict(row) for row in rows],
+        "rows": entries,
     }
     if add and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -58,7 +59,7 @@ def write(path: Path, rows: list[Row], device: torch.device, *, add: bool = Fals
                     f"{path} was measured with {key} {before[key]}, not {document[key]}: write another file"
                 )
         measured = {row.case for row in rows}
-        document["rows"] = [row for row in before["rows"] if row["case"] not in measured] + document["rows"]
+        document["rows"] = [row for row in before["rows"] if row["case"] not in measured] + entries
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
