@@ -37,7 +37,6 @@ __all__ = [
 _KEY = "dsg"
 
 
-
 class CheckpointError(ValueError):
     """A file that is not a checkpoint of this project, or a broken one; one line that names it."""
 

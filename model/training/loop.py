@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torchvision.transforms.v2.functional import to_dtype
 
+from dsg.model.data.packed import Batch
 from dsg.model.training import distributed
 from dsg.model.training.checkpoint import TrainState, seed_step
 from dsg.model.training.config import Recipe
@@ -23,7 +23,6 @@ from dsg.model.training.log import TrainingLog
 from dsg.model.training.optim import Schedule, clip_gradients, set_learning_rate
 from dsg.model.training.stop import StopRequest
 
-Batch = tuple[list[Tensor], list[dict[str, Any]]]  # images [3, h, w] uint8 and their targets
 Metrics = dict[str, float]  # what a validation measured; "AP" is the one that chooses the best weights
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from dsg.model.data.batches import TrainBatches, repeat_weights
 from dsg.model.data.coco import DataError, read_coco
 from dsg.model.data.dataset import CocoDataset, SampleKey
-from dsg.model.data.loader import PackedBatch, TrainBatches, build_eval_loader, build_train_loader, repeat_weights
+from dsg.model.data.loader import build_eval_loader, build_train_loader
+from dsg.model.data.packed import PackedBatch
 from dsg.model.data.transforms import Augment, AugmentConfig
 
 # Python 3.12 warns of any fork in a process with threads; torch's own are idle there.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dsg.model.data.loader import PackedBatch
+from dsg.model.data.packed import PackedBatch
 from dsg.model.training.checkpoint import TrainState, load_state, save_state
 from dsg.model.training.config import BatchConfig, OptimizerConfig, RunConfig, ValidationConfig
 from dsg.model.training.distributed import Ranks
