@@ -14,13 +14,12 @@ def ops(
     device: DeviceOption = None,
 ) -> None:
     """Time dsg.ops against torchvision and pycocotools in one run."""
-    import torch
-
     from dsg.bench import report
     from dsg.bench.ops import run
+    from dsg.model.network.eager import present_device
     from dsg.ops import kernel_name
 
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = present_device(device)
     report.commit()  # an unknown commit should show before the measuring, not after
     typer.echo(f"{report.device_name(chosen)}; {kernel_name()}", err=True)
     rows = run(chosen, repeats, on_case=lambda case: typer.echo(case, err=True))
@@ -47,14 +46,13 @@ def service(
     ] = "all",
 ) -> None:
     """Put load on `dsg serve` on this machine, beside LitServe and a plain endpoint, in one run."""
-    import torch
-
     from dsg.bench import report
     from dsg.bench.service import run
     from dsg.bench.service_plot import draw
     from dsg.bench.service_processes import Setup
+    from dsg.model.network.eager import present_device
 
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = present_device(device)
     report.commit()  # an unknown commit should show before the measuring, not after
     peers = {"all": ["litserve", "plain"], "nothing": []}.get(beside, [beside])
     setup = Setup(model, str(chosen), max_batch)
@@ -135,16 +133,15 @@ def systems(
     device: DeviceOption = None,
 ) -> None:
     """Train every system alike and compare their AP: Mask R-CNN, DSG, the cascades, HTC, DSC, Mask Scoring, PANet."""
-    import torch
-
     from dsg.bench import report
     from dsg.bench.pictures import draw_runs
     from dsg.bench.systems import chosen, compare, planned, train
+    from dsg.model.network.eager import present_device
 
     if pictures is not None and not val:
         raise ValueError("--pictures shows pictures of --val: give it")
     plan = planned(chosen(system or []), seed or [0], runs)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = present_device(device)
     report.commit()
     options = ["--config", config]
     for flag, values in (
