@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsg.ops.cuda_masks import can_encode, encode_on_cuda
 from dsg.ops.grid_paste import grid_windows
 from dsg.ops.rle import counts_to_strings, window_counts
 from dsg.ops.windows import Window, box_windows
@@ -77,6 +78,11 @@ def encode_masks(
         N times `{"size": [H, W], "counts": str}`, byte for byte what pycocotools makes of the pasted masks.
     """
     probs = _checked(probs, boxes, image_size)
+    height, width = int(image_size[0]), int(image_size[1])
+    if paste == "box" and can_encode(probs, boxes, image_size):
+        sizes = torch.tensor([[height, width]], device=probs.device).expand(len(probs), 2)
+        texts = encode_on_cuda(probs, boxes.detach(), sizes, width, threshold)
+        return [{"size": [height, width], "counts": text} for text in texts]
     nothing = window_counts(np.zeros((0, 0), dtype=np.bool_), 0, 0, image_size)
     counts = [nothing] * len(probs)
     waiting: list[tuple[Window, Tensor]] = []
@@ -88,8 +94,7 @@ def encode_masks(
             _count_runs(waiting, image_size, counts)
             waiting, pixels = [], 0
     _count_runs(waiting, image_size, counts)
-    height, width = image_size
-    return [{"size": [int(height), int(width)], "counts": text} for text in counts_to_strings(counts)]
+    return [{"size": [height, width], "counts": text} for text in counts_to_strings(counts)]
 
 
 def _count_runs(

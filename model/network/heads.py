@@ -3,10 +3,13 @@
 R RoIs, C channels of the pyramid, P side of the pooled features.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dsg.model.network.fused import by_pixel, convolve_relu, is_fused, linear_relu
 from dsg.model.network.norm import HeadNorm
 from dsg.model.network.tracing import is_traced
 
@@ -50,8 +53,16 @@ class BoxHead(nn.Module):
         Returns:
             class logits [R, num_classes + 1] and deltas [R, num_classes + 1, 4], or [R, 1, 4] for all classes.
         """
-        hidden = functional.relu(self.fc1(features.flatten(1)))  # [R, C * P * P] -> [R, width]
-        hidden = functional.relu(self.fc2(hidden))  # [R, width]
+        if is_fused(features):
+            # The weights are turned to the order of channels-last features: they are fewer than the features.
+            by_place = (
+                self.fc1.weight.unflatten(1, features.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+            )  # [width, P * P * C]
+            hidden = linear_relu(features.permute(0, 2, 3, 1).flatten(1), by_place, self.fc1.bias)  # [R, width]
+            hidden = linear_relu(hidden, self.fc2.weight, self.fc2.bias)  # [R, width]
+        else:
+            hidden = functional.relu(self.fc1(features.flatten(1)))  # [R, C * P * P] -> [R, width]
+            hidden = functional.relu(self.fc2(hidden))  # [R, width]
         return self.classifier(hidden), self.regressor(hidden).unflatten(1, (-1, 4))
 
 
@@ -94,19 +105,26 @@ class MaskHead(nn.Module):
         """
         if self.training or is_traced():  # an exported graph would hold the layers once for each part
             return self._run(features, labels)
+        if is_fused(features):
+            hidden = self.hidden(features)
+            parts = zip(hidden.split(_ROIS_AT_ONCE), _split(labels, hidden, _ROIS_AT_ONCE), strict=True)
+            return torch.cat([self._fused_masks(*part) for part in parts]), hidden
         small_parts = features.device.type == "cpu" and not torch.compiler.is_compiling()
         at_once = _ROIS_AT_ONCE_CPU if small_parts else _ROIS_AT_ONCE
         if features.shape[0] <= at_once:
             return self._run(features, labels)
-        parts = features.split(at_once)
-        part_labels = [None] * len(parts) if labels is None else labels.split(at_once)
-        results = [self._run(*part) for part in zip(parts, part_labels, strict=True)]
+        results = [
+            self._run(*part) for part in zip(features.split(at_once), _split(labels, features, at_once), strict=True)
+        ]
         return torch.cat([logits for logits, _ in results]), torch.cat([hidden for _, hidden in results])
 
     def hidden(self, features: Tensor) -> Tensor:  # [R, C, P, P] -> [R, C, P, P]
         """The four convolutions alone: F_- of the paper, what HTC hands from one mask head to the next."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            features = functional.relu(norm(conv(features)), inplace=True)
+            if isinstance(norm, nn.Identity):
+                features = convolve_relu(conv, features)
+            else:
+                features = functional.relu(norm(conv(features)), inplace=True)
         return features
 
     def upscaled(self, hidden: Tensor) -> Tensor:  # [R, C, P, P] -> [R, C, 2P, 2P]
@@ -127,6 +145,28 @@ class MaskHead(nn.Module):
         biases = self.predictor.bias[labels]  # [R]
         logits = weights[:, None] @ upscaled.flatten(2) + biases[:, None, None]  # [R, 1, 2P * 2P]
         return logits.unflatten(2, upscaled.shape[-2:])
+
+    def _fused_masks(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+        """Deconvolution and 1x1 convolution as products of matrices: each cell becomes two by two of its own.
+
+        hidden [R, C, P, P], labels int64 [R] or None -> [R, 1 or outputs, 2P, 2P]
+        """
+        count, channels, height, width = hidden.shape
+        weight = self.deconv.weight.permute(2, 3, 1, 0).reshape(-1, channels)  # [2 * 2 * C, C]
+        assert self.deconv.bias is not None and self.predictor.bias is not None
+        upscaled = linear_relu(by_pixel(hidden), weight, self.deconv.bias.repeat(4))  # [R * P * P, 2 * 2 * C]
+        if labels is None or self.predictor.out_channels == 1:
+            logits = functional.linear(
+                upscaled.view(-1, channels), self.predictor.weight.flatten(1), self.predictor.bias
+            )
+        else:
+            own = self.predictor.weight.flatten(1)[labels][..., None]  # [R, C, 1]
+            logits = (
+                upscaled.view(count, 4 * height * width, channels) @ own + self.predictor.bias[labels][:, None, None]
+            )
+        outputs = logits.shape[-1]
+        by_quarter = logits.view(count, height, width, 2, 2, outputs)
+        return by_quarter.permute(0, 5, 1, 3, 2, 4).reshape(count, outputs, 2 * height, 2 * width)
 
     def _run(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         hidden = self.hidden(features)  # [R, C, P, P]
@@ -162,12 +202,21 @@ class Fusion(nn.Module):
         Returns:
             Tensor[R, C, P, P].
         """
-        added = self.conv(mask_features)  # [R, C, Q, Q]
-        if self.activation:
+        if self.activation and is_fused(mask_features):
+            added = convolve_relu(self.conv, mask_features)  # [R, C, Q, Q]
+        elif self.activation:
             # In training the gradient at 0 is 1: relu's own is 0 there, and a convolution that starts at zero (see
             # `guided_start`) would stay what it is for good.
+            added = self.conv(mask_features)
             added = added.masked_fill(added < 0, 0) if self.training else functional.relu(added)
+        else:
+            added = self.conv(mask_features)
         height, width = features.shape[-2:]
         if added.shape[-2:] != (height, width):
             added = functional.adaptive_avg_pool2d(added, (height, width))  # [R, C, P, P]
         return features + added
+
+
+def _split(labels: Tensor | None, beside: Tensor, size: int) -> Sequence[Tensor | None]:
+    """Labels in the parts that `beside.split(size)` has, or as many times none."""
+    return [None] * len(beside.split(size)) if labels is None else labels.split(size)

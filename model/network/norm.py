@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dsg.model.network.fused import convolve_add_relu, convolve_relu
+
 
 class FrozenBatchNorm2d(nn.Module):
     """`BatchNorm2d` in eval mode, for good: a fixed scale and shift of each channel.
@@ -99,6 +101,16 @@ def convolve_and_normalise(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -
         dilation=convolution.dilation,
         groups=convolution.groups,
     )
+
+
+def convolve_normalise_relu(convolution: nn.Conv2d, norm: nn.Module, x: Tensor, other: Tensor | None = None) -> Tensor:
+    """`relu(norm(convolution(x)))`, with `other`, of the result's shape, added before the ReLU; arguments as above."""
+    if isinstance(norm, nn.Identity):
+        return convolve_relu(convolution, x) if other is None else convolve_add_relu(convolution, x, other)
+    out = convolve_and_normalise(convolution, norm, x)
+    if other is not None:
+        out += other
+    return F.relu(out, inplace=True)
 
 
 def fold_norms(module: nn.Module) -> None:

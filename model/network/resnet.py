@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dsg.model.network.config import IMAGENET_MEAN, IMAGENET_STD
 from dsg.model.network.deformable import DeformableConv
-from dsg.model.network.norm import FrozenBatchNorm2d, convolve_and_normalise
+from dsg.model.network.norm import FrozenBatchNorm2d, convolve_normalise_relu
 
 BLOCKS_OF_DEPTH = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # blocks of layer1 to layer4
 EXPANSION = 4  # output channels of a block per channel of its stage's base width
@@ -66,14 +66,12 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, 4 * planes, H / stride, W / stride]
-        out = F.relu(convolve_and_normalise(self.conv1, self.bn1, x), inplace=True)
+        out = convolve_normalise_relu(self.conv1, self.bn1, x)
         if isinstance(self.conv2, DeformableConv):
             out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         else:
-            out = F.relu(convolve_and_normalise(self.conv2, self.bn2, out), inplace=True)
-        out = convolve_and_normalise(self.conv3, self.bn3, out)
-        out += self.downsample(x)
-        return F.relu(out, inplace=True)
+            out = convolve_normalise_relu(self.conv2, self.bn2, out)
+        return convolve_normalise_relu(self.conv3, self.bn3, out, self.downsample(x))
 
 
 class ResNet(nn.Module):
@@ -159,7 +157,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:  # [B, 3, H, W] -> 4 x [B, C, H / stride, W / stride]
         """Features C2 to C5 of normalised images, finest first."""
-        x = F.relu(convolve_and_normalise(self.conv1, self.bn1, images), inplace=True)  # [B, 64, H/2, W/2]
+        x = convolve_normalise_relu(self.conv1, self.bn1, images)  # [B, 64, H/2, W/2]
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)  # [B, 64, H/4, W/4]
         features = []
         for layer in self._layers():

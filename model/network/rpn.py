@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dsg.model.network.boxes import clip_boxes, decode_deltas, has_sides, non_maximum_suppression
+from dsg.model.network.fused import by_pixel, convolve_relu, is_fused
 from dsg.model.network.tracing import is_traced
 from dsg.model.network.types import Proposals
 
@@ -44,13 +45,30 @@ class RPNHead(nn.Module):
         """
         logits, deltas = [], []
         for features in levels:
-            hidden = functional.relu(self.conv(features), inplace=True)  # [B, C, Hf, Wf]
+            hidden = convolve_relu(self.conv, features)  # [B, C, Hf, Wf]
             for conv in self.further:
-                hidden = functional.relu(conv(hidden), inplace=True)
+                hidden = convolve_relu(conv, hidden)
+            if is_fused(hidden):
+                own_logits, own_deltas = self._by_cell(hidden)
+                logits.append(own_logits)
+                deltas.append(own_deltas)
+                continue
             logits.append(widen(self.objectness(hidden)).permute(0, 2, 3, 1).flatten(1))  # [B, Hf * Wf * A]
             by_cell = widen(self.deltas(hidden)).permute(0, 2, 3, 1)  # [B, Hf, Wf, A * 4]
             deltas.append(by_cell.reshape(features.shape[0], -1, 4))  # [B, Hf * Wf * A, 4]
         return logits, deltas
+
+    def _by_cell(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # [B, C, Hf, Wf] -> [B, N_l], [B, N_l, 4]
+        """Both 1x1 convolutions as one product of matrices, so that the features are read once."""
+        anchors, batch = self.objectness.out_channels, hidden.shape[0]
+        parts = (self.objectness, self.deltas)
+        weight = torch.cat([part.weight.flatten(1) for part in parts])  # [A * 5, C]
+        bias = torch.cat([part.get_parameter("bias") for part in parts])  # [A * 5]
+        missing = -len(bias) % 8  # rows of half precision that tensor cores can write
+        weight, bias = functional.pad(weight, (0, 0, 0, missing)), functional.pad(bias, (0, missing))
+        outputs = functional.linear(by_pixel(hidden), weight, bias).float()  # [B * Hf * Wf, A * 5 and padding]
+        own_deltas = outputs[:, anchors : anchors * 5].reshape(batch, -1, 4)  # [B, Hf * Wf * A, 4]
+        return outputs[:, :anchors].reshape(batch, -1), own_deltas
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -1,0 +1,77 @@
+"""Masks to COCO RLE on a CUDA device: what crosses to the host is the finished text.
+
+A thread walks one column of one mask (`csrc/cuda/mask_columns.cuh`), so time grows with the boxes' areas and no mask
+exists at the picture's size. Running sums between the steps say where each thread writes.
+
+Letters: `N` masks, `m` side of a mask, `W` columns of the widest picture.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dsg.ops._load import loaded_kernels
+
+# Masks of noise change in every few pixels of a column: such are encoded in parts, about 25 bytes for each change.
+_MOST_CHANGES = 1 << 20
+_MOST_PIXELS = 1 << 31  # places in a picture are int32
+
+
+def can_encode(probs: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> bool:
+    """Whether `encode_on_cuda` takes these: float32 on a GPU for which the kernels are there."""
+    singles = probs.dtype == boxes.dtype == torch.float32
+    small = image_size[0] * image_size[1] < _MOST_PIXELS
+    return probs.is_cuda and boxes.is_cuda and singles and small and "cuda" in loaded_kernels()
+
+
+def encode_on_cuda(
+    probs: Tensor,  # [N, m, m]
+    boxes: Tensor,  # [N, 4]
+    sizes: Tensor,  # int64 [N, 2]
+    columns: int,
+    threshold: float,
+) -> list[str]:
+    """COCO's compressed counts of each mask.
+
+    Args:
+        probs: float32 [N, m, m] in [0, 1]; boxes: float32 [N, 4] xyxy pixels; both as in `dsg.ops.encode_masks`.
+        sizes: (height, width) of each mask's picture, on the device.
+        columns: W, of the widest of them.
+        threshold: a pixel is set where its probability is at least this.
+    """
+    if len(probs) == 0:
+        return []
+    masks = probs.contiguous(), boxes.contiguous(), sizes.contiguous()
+    counts = torch.ops.dsg.mask_change_counts(*masks, columns, threshold)  # int32 [N, W]
+    ends = counts.flatten().cumsum(0)  # int64 [N * W]
+    of_masks = ends[columns - 1 :: columns].tolist()  # the host waits here, ...
+    texts: list[str] = []
+    for first, last in _parts(of_masks):
+        part = tuple(tensor[first:last] for tensor in masks)
+        before = of_masks[first - 1] if first else 0
+        places = ends[first * columns : last * columns] - before  # [n * W]
+        total = of_masks[last - 1] - before
+        changes = torch.ops.dsg.mask_changes(*part, columns, threshold, places, total)  # int32 [total]
+        texts += _texts(changes, places[columns - 1 :: columns].contiguous(), part[2])
+    return texts
+
+
+def _texts(changes: Tensor, ends: Tensor, sizes: Tensor) -> list[str]:  # int32 [total], int64 [n], int64 [n, 2]
+    lengths = torch.ops.dsg.rle_lengths(changes, ends, sizes)  # int32 [total + n]
+    text_ends = lengths.cumsum(0)  # int64 [total + n]
+    numbers = torch.arange(len(ends), device=ends.device)
+    cuts = text_ends[ends + numbers].tolist()  # ... here, ...
+    text = torch.ops.dsg.rle_text(changes, ends, sizes, text_ends, cuts[-1])  # uint8 [characters]
+    whole = text.cpu().numpy().tobytes().decode("ascii")  # ... and here
+    return [whole[begin:end] for begin, end in pairwise([0, *cuts])]
+
+
+def _parts(ends: list[int]) -> list[tuple[int, int]]:
+    """Ranges of masks whose changes fit into memory together; at least one mask each."""
+    parts, first, before = [], 0, 0
+    for number, end in enumerate(ends):
+        if number > first and end - before > _MOST_CHANGES:
+            parts.append((first, number))
+            first, before = number, ends[number - 1]
+    return [*parts, (first, len(ends))]

@@ -1,0 +1,138 @@
+"""Fused layers against the plain ones: what a GPU runs in half precision must be the same network."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from dsg.model.network import fused, heads, rpn
+from dsg.model.network.build import build
+from dsg.model.network.heads import BoxHead, MaskHead
+from dsg.model.network.norm import FrozenBatchNorm2d, convolve_normalise_relu, fold_norms
+from dsg.model.network.rpn import RPNHead
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Switches the products of matrices on, which any device can run."""
+
+    def switch(on: bool) -> None:
+        for room in (heads, rpn):
+            monkeypatch.setattr(room, "is_fused", lambda x: on)
+
+    return switch
+
+
+def features(count: int, channels: int, side: int) -> torch.Tensor:
+    return torch.randn(count, channels, side, side, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("outputs", [1, 5])
+@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_masks_by_products_are_those_of_the_layers(products, monkeypatch, outputs, with_labels, count):
+    torch.manual_seed(0)
+    monkeypatch.setattr(heads, "_ROIS_AT_ONCE", 3)  # several parts, the last one smaller
+    head = MaskHead(8, outputs).double().eval()
+    torch.nn.init.normal_(head.predictor.weight)
+    torch.nn.init.normal_(head.predictor.bias)
+    torch.nn.init.normal_(head.deconv.bias)
+    labels = torch.randint(0, 5, (count,)) if with_labels else None
+    given = features(count, 8, 6)
+    products(False)
+    wanted, wanted_hidden = head(given, labels)
+    products(True)
+    found, hidden = head(given, labels)
+    assert found.shape == (count, 1 if with_labels else outputs, 12, 12)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(hidden, wanted_hidden)
+
+
+@torch.no_grad()
+def test_boxes_by_products_are_those_of_the_layers(products):
+    torch.manual_seed(0)
+    head = BoxHead(8, 5, 16, 4).double().eval()
+    given = features(6, 8, 5)
+    products(False)
+    wanted = head(given)
+    products(True)
+    for found, expected in zip(head(given), wanted, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("anchors", [3, 8])
+def test_rpn_by_products_is_that_of_the_layers(products, anchors):
+    torch.manual_seed(0)
+    head = RPNHead(8, anchors, depth=2).eval()
+    levels = [features(2, 8, side).float() for side in (6, 3)]
+    products(False)
+    wanted = head(levels)
+    products(True)
+    for found, expected in zip(head(levels), wanted, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@GPU
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_one_kernel_gives_what_the_layers_give(dtype, stride):
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(64, 128, 3, stride, padding=1).to("cuda", dtype, memory_format=torch.channels_last)
+    x = torch.randn(3, 64, 20, 24, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+    exact = convolution.float()
+    plain = exact(x.float())
+    other = torch.randn_like(plain).to(dtype)
+    convolution.to(dtype)
+    # Memory that is given out again may hold anything, and nothing of it may come through.
+    del_me = torch.full((1 << 24,), float("nan"), device="cuda", dtype=dtype)
+    del del_me
+    tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
+    found = fused.convolve_relu(convolution, x)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.float(), functional.relu(plain), **tolerance)
+    added = fused.convolve_add_relu(convolution, x, other)
+    torch.testing.assert_close(added.float(), functional.relu(plain + other.float()), **tolerance)
+
+
+@pytest.mark.gpu
+@GPU
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["mask_rcnn_r50_fpn", "dsg_r50_fpn", "dsg_lite0_fpn", "cascade_dsg_lite0_fpn"])
+def test_a_network_in_half_precision_gives_the_levels_of_the_plain_one(preset):
+    torch.manual_seed(0)
+    model = build(preset, num_classes=3).eval().cuda()
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.uniform_(0.4, 0.8)
+            module.bias.normal_(std=0.1)
+    images = torch.rand(2, 3, 128, 160, device="cuda")
+    sizes = torch.tensor([[128, 160], [100, 150]], device="cuda")
+    wanted = model._pyramid(images, sizes)
+    logits, deltas = model.rpn_head(wanted)
+    fold_norms(model)
+    model.half().to(memory_format=torch.channels_last)
+    found = model._pyramid(images.half(), sizes)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=0.02, atol=0.01 * float(other.abs().max()))
+    for ours, theirs in zip(model.rpn_head(found), (logits, deltas), strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * float(other.abs().max()))
+
+
+def test_a_norm_that_was_folded_leaves_one_convolution():
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, bias=False), FrozenBatchNorm2d(6)).double()
+    block[1].weight.uniform_(0.5, 1.5)
+    block[1].bias.normal_()
+    x, other = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.randn(2, 6, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = functional.relu(block[1](block[0](x)) + other)
+        torch.testing.assert_close(convolve_normalise_relu(block[0], block[1], x, other.clone()), wanted)
+        fold_norms(block)
+        torch.testing.assert_close(convolve_normalise_relu(block[0], block[1], x, other.clone()), wanted)
