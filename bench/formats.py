@@ -62,8 +62,8 @@ def run(
         half: everything in float16.
         on_case: told each case before it is measured, and each export.
     """
-    loaded = predictor.load(model, device)
-    network = loaded.model.half() if half else loaded.model
+    loaded = predictor.load(model, device, "float16" if half else "float32")
+    network = loaded.model
     size = padded_size(*resized_size(*_PHOTO, loaded.info.resize))
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

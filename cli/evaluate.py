@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsg.cli.loading import DeviceOption, load_predictor
+from dsg.cli.loading import DeviceOption, PrecisionOption, ProposalsOption, load_predictor
 from dsg.cli.progress import progress
 
 if TYPE_CHECKING:
     from dsg.model.network.checkpoint import CheckpointInfo
+    from dsg.model.network.predictor import Predictor
 
 
 def evaluate(
@@ -48,6 +49,8 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.", show_default=False)] = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = "auto",
+    proposals: ProposalsOption = None,
 ) -> None:
     """Average precision of boxes and masks over all pictures of the annotations."""
     if (model is None) == (predictions is None):
@@ -62,7 +65,8 @@ def evaluate(
     if predictions is not None:
         results = _read(predictions)
     else:
-        results = _predict(str(model), annotations, images, max_detections, device)
+        predictor = load_predictor(str(model), device, precision, proposals)
+        results = _predict(predictor, annotations, images, max_detections)
     evaluation = evaluate_results(annotations, results, max_detections)
     typer.echo(format_table(evaluation))
     document = evaluation.as_dict()
@@ -123,17 +127,17 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _predict(
-    model: str, annotations: Path, images: Path | None, max_detections: int, device: str | None
+    predictor: "Predictor", annotations: Path, images: Path | None, max_detections: int
 ) -> list[dict[str, Any]]:
     """COCO results of a model on the pictures of the annotations, at the model's threshold for evaluation."""
     from dsg.model.data.coco import read_coco
     from dsg.model.training.validate import matching_ids, results_of
 
     data = read_coco(annotations, images)
-    predictor = load_predictor(model, device)
     cap = predictor.info.max_detections
     if cap < max_detections:
-        typer.echo(f"{model} gives at most {cap} detections of a picture; {max_detections} would count", err=True)
+        name = predictor.info.name
+        typer.echo(f"{name} gives at most {cap} detections of a picture; {max_detections} would count", err=True)
     done = 0
     with progress("pictures") as advance:
 

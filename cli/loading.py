@@ -21,16 +21,28 @@ DeviceOption = Annotated[
 _PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
-def load_predictor(model: str, device: str | None) -> "Predictor":
+PrecisionOption = Annotated[
+    str,
+    typer.Option("--precision", help="float32, float16 or bfloat16; auto is float16 on a GPU, float32 on a CPU."),
+]
+ProposalsOption = Annotated[
+    int | None,
+    typer.Option(help="Regions of a picture that the heads look at.", show_default="the checkpoint's own number"),
+]
+
+
+def load_predictor(
+    model: str, device: str | None, precision: str = "auto", proposals: int | None = None
+) -> "Predictor":
     """A Predictor for a shipped name, a checkpoint or an exported file.
 
     Raises:
-        ValueError: an unknown name, or a file that cannot be run, or no such device here.
+        ValueError: an unknown name, or a file that cannot be run, no such device here, an unknown precision.
         FileNotFoundError: no such file.
     """
     from dsg.export import load
 
-    return load(model, device=device)
+    return load(model, device, precision, proposals)  # type: ignore[arg-type]  # a text is checked there
 
 
 def pictures_in(paths: list[Path]) -> list[Path]:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsg.cli.loading import DEFAULT_MODEL, DeviceOption, ModelOption, load_predictor, pictures_in
+from dsg.cli.loading import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    ModelOption,
+    PrecisionOption,
+    ProposalsOption,
+    load_predictor,
+    pictures_in,
+)
 from dsg.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -25,6 +33,8 @@ def predict(
         int | None, typer.Option(help="Most objects of a picture; by default the model's own.")
     ] = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = "auto",
+    proposals: ProposalsOption = None,
 ) -> None:
     """Find the objects in pictures.
 
@@ -32,7 +42,7 @@ def predict(
     (each entry also names its file), and a PNG of every picture with its masks drawn on it.
     """
     pictures = pictures_in(images)
-    predictor = load_predictor(model, device)
+    predictor = load_predictor(model, device, precision, proposals)
     predictor.limits(score_threshold, max_detections)  # a wrong number ends here, before the first picture
     out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dsg.export.container import read_contract
 from dsg.export.contract import Contract, ExportError, Format
 from dsg.model.network import predictor
-from dsg.model.network.predictor import Predictor, Runtime
+from dsg.model.network.predictor import Precision, Predictor, Runtime
 
 if TYPE_CHECKING:
     import torch
@@ -16,13 +16,19 @@ _PICKLED = (".pt", ".pth", ".pkl", ".bin")
 _EXPORTED = {kind.suffix for kind in Format}
 
 
-def load(name_or_path: str | os.PathLike[str], device: "torch.device | str | None" = None) -> Predictor:
+def load(
+    name_or_path: str | os.PathLike[str],
+    device: "torch.device | str | None" = None,
+    precision: Precision = "auto",
+    proposals: int | None = None,
+) -> Predictor:
     """A Predictor for a name that `dsg models` lists or for a file.
 
     Args:
         name_or_path: a name, or the path of a checkpoint (.safetensors) or of what `dsg export` wrote (.onnx; .ts and
             .pt2, which are code, where the environment variable DSG_TRUST_CODE is 1).
         device: "cpu", "cuda" or "cuda:1"; None takes a GPU if there is one.
+        precision, proposals: of a checkpoint, as `dsg.model.load` takes them; an exported file has its own.
 
     Raises:
         FileNotFoundError: neither a name nor a file.
@@ -30,13 +36,15 @@ def load(name_or_path: str | os.PathLike[str], device: "torch.device | str | Non
     """
     suffix = Path(name_or_path).suffix.lower()
     if suffix in _EXPORTED:
+        if precision != "auto" or proposals is not None:
+            raise ValueError(f"{os.fspath(name_or_path)} is an exported file: its precision and proposals are its own")
         return load_exported(Path(name_or_path), None if device is None else str(device))
     if suffix in _PICKLED:
         raise ValueError(
             f"{os.fspath(name_or_path)} is no checkpoint of dsg; convert it first:"
             f" dsg import-weights {os.fspath(name_or_path)} --from torchvision --model NAME --out FILE.safetensors"
         )
-    return predictor.load(name_or_path, device)
+    return predictor.load(name_or_path, device, precision, proposals)
 
 
 def load_exported(path: Path, device: str | None) -> Predictor:

@@ -67,7 +67,7 @@ def export(
     """
     if Path(model).suffix.lower() in {one.suffix for one in Format}:
         raise ValueError(f"{os.fspath(model)} is an exported file already; export the checkpoint that it was made from")
-    loaded = predictor.load(model, device if device or kind is Format.AOTI else "cpu")
+    loaded = predictor.load(model, device if device or kind is Format.AOTI else "cpu", "float32")
     detector, info, target = loaded.model, loaded.info, loaded.device
     assert isinstance(detector, Detector)
     reason = refusal(detector.config, kind)

@@ -10,20 +10,21 @@ from starlette.middleware.cors import CORSMiddleware
 from dsg.service import operations, pages, routes
 from dsg.service.devices import LoadPredictor
 from dsg.service.middleware import RequestMiddleware
-from dsg.service.models import load_predictor
+from dsg.service.models import loader
 from dsg.service.openapi import describe
 from dsg.service.problems import install_problem_handlers
 from dsg.service.settings import Settings
 from dsg.service.state import Service
 
 
-def create_app(settings: Settings, load_predictor: LoadPredictor = load_predictor) -> FastAPI:
+def create_app(settings: Settings, load_predictor: LoadPredictor | None = None) -> FastAPI:
     """Make the application of a server.
 
     Args:
         settings: all numbers and names.
         load_predictor: (name or path, device or None) -> Predictor; called for each model and device when the
-            lifespan begins, and for each reload, on a thread or in a process of its own.
+            lifespan begins, and for each reload, on a thread or in a process of its own. None loads checkpoints and
+            exported files as the settings say.
 
     Returns:
         an ASGI application. Its lifespan loads and warms the models, and fails with the loader's own error.
@@ -31,7 +32,7 @@ def create_app(settings: Settings, load_predictor: LoadPredictor = load_predicto
     Raises:
         ValueError: the settings name devices or tracing that are not there.
     """
-    service = Service(settings, load_predictor)
+    service = Service(settings, load_predictor or loader(settings))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

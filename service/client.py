@@ -1,9 +1,9 @@
 """A client of the service, for programs: waits and asks again as the server tells it to. Needs httpx and nothing else.
 
-    from dsg.service.client import Client
+from dsg.service.client import Client
 
-    with Client("http://127.0.0.1:8000") as client:
-        answer = client.segment("photo.jpg", score_threshold=0.3)
+with Client("http://127.0.0.1:8000") as client:
+    answer = client.segment("photo.jpg", score_threshold=0.3)
 """
 
 import asyncio
@@ -38,9 +38,7 @@ class SegmentError(Exception):
         request_id: what the server's log has it under, or "".
     """
 
-    def __init__(
-        self, status: int, reason: str, detail: str, index: int | None = None, request_id: str = ""
-    ) -> None:
+    def __init__(self, status: int, reason: str, detail: str, index: int | None = None, request_id: str = "") -> None:
         super().__init__(f"{status} {reason}: {detail}" if status else f"{reason}: {detail}")
         self.status = status
         self.reason = reason

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from dsg.service.devices import Device, LoadPredictor
 from dsg.service.metrics import Metrics
 from dsg.service.problems import Problem
+from dsg.service.settings import Settings
 
 if TYPE_CHECKING:
     from dsg.model.network.checkpoint import CheckpointInfo
-    from dsg.model.network.predictor import Predictor, PreparedImage
+    from dsg.model.network.predictor import Precision, Predictor, PreparedImage
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SUFFIXES = (".safetensors", ".onnx", ".ts", ".pt2")
@@ -35,11 +37,20 @@ class ServedModel:
     """A picture, uint8 [H, W, 3] RGB, as the devices want it; from any thread."""
 
 
-def load_predictor(name_or_path: str, device: str | None) -> "Predictor":
-    """Load a checkpoint: a shipped name, or a path. The default of `create_app`."""
+def load_predictor(
+    name_or_path: str, device: str | None, precision: "Precision" = "auto", proposals: int | None = None
+) -> "Predictor":
+    """Load a checkpoint or an exported file: a shipped name, or a path. An exported file has its own precision."""
     from dsg import export  # here, and not above: importing the service imports no torch
 
-    return export.load(name_or_path, device)
+    if name_or_path.endswith(_SUFFIXES[1:]):
+        return export.load(name_or_path, device)
+    return export.load(name_or_path, device, precision, proposals)
+
+
+def loader(settings: Settings) -> LoadPredictor:
+    """`load_predictor` as the settings want checkpoints; it can be sent to another process."""
+    return partial(load_predictor, precision=settings.precision, proposals=settings.proposals)
 
 
 def kernel_in_use() -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 from dsg.service.app import create_app
 from dsg.service.devices import LoadPredictor
 from dsg.service.logs import configure_log
-from dsg.service.models import kernel_in_use, load_predictor
+from dsg.service.models import kernel_in_use
 from dsg.service.protocol import bounded_protocol
 from dsg.service.settings import Settings
 from dsg.service.state import Service
@@ -29,7 +29,7 @@ class ServiceError(ValueError):
     """The server cannot start: one line that says why and what to do."""
 
 
-def serve(settings: Settings, load_predictor: LoadPredictor = load_predictor) -> None:
+def serve(settings: Settings, load_predictor: LoadPredictor | None = None) -> None:
     """Serve until SIGTERM or SIGINT; then finish what is in flight, within `settings.drain_ms`, and return.
 
     A second signal ends it at once.

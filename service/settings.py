@@ -34,6 +34,17 @@ class Settings(BaseSettings):
         description="what runs a device: a thread of the server or a process of its own (default: a process for a "
         "GPU or where there are several devices, else a thread)",
     )
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto",
+        description="what checkpoints compute in; exported files have their own (default auto: float16 on a GPU, "
+        "float32 on a CPU)",
+    )
+    proposals: int | None = Field(
+        None,
+        ge=1,
+        description="regions of a picture that the heads of checkpoints look at, a count; fewer are quicker and may "
+        "miss what is crowded (default: the checkpoint's own)",
+    )
     model: str = Field(
         "dsg_lite0_coco",
         description="models to load, names or paths, comma separated; the first is the one that answers "

@@ -1,7 +1,13 @@
 """Anchors: boxes of a few sizes and shapes at every cell of every pyramid level. A anchors a cell."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from dsg.model.network.tracing import is_traced
+
+_MOST_KNOWN = 16  # sizes of batches whose anchors are kept, some 5 MB each
 
 
 class AnchorGenerator(nn.Module):
@@ -30,6 +36,7 @@ class AnchorGenerator(nn.Module):
         self.strides_from_grid = strides_from_grid
         self.centre = centre
         self.per_cell = len(sizes[0]) * len(ratios)
+        self._known: dict[Any, list[Tensor]] = {}
 
     def forward(self, levels: list[Tensor], padded_size: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
         """Anchors of each level.
@@ -43,6 +50,20 @@ class AnchorGenerator(nn.Module):
             a Tensor[Hf * Wf * A, 4] a level, rows in the order (row, column, size and ratio).
         """
         dtype = torch.promote_types(dtype, torch.float32)  # half precision holds no pixel coordinate above 2048 exactly
+        if is_traced() or torch.compiler.is_compiling():  # sizes are no numbers there
+            return self._anchors(levels, padded_size, dtype)
+        # The same for every batch of these sizes, and a hundred small launches on a GPU.
+        key = (tuple(level.shape[-2:] for level in levels), padded_size, dtype, levels[0].device)
+        found = self._known.pop(key, None)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():  # training may come upon them later
+                found = self._anchors(levels, padded_size, dtype)
+        self._known[key] = found
+        if len(self._known) > _MOST_KNOWN:
+            del self._known[next(iter(self._known))]  # the one that was not wanted for longest
+        return found
+
+    def _anchors(self, levels: list[Tensor], padded_size: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
         anchors = []
         for number, (features, sizes) in enumerate(zip(levels, self.sizes, strict=True)):
             rows, columns = features.shape[-2:]

@@ -11,25 +11,27 @@ from torch import Tensor
 
 from dsg.model.network.sizes import padded_size
 from dsg.model.network.types import Targets
+from dsg.ops._load import loaded_kernels
 
 
 def stack_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Pictures into one tensor, zeros right and below.
 
     Args:
-        images: float Tensor[3, H, W] each, RGB in 0..1.
+        images: Tensor[3, H, W] each, RGB: float in 0..1, or all of them uint8 in 0..255.
 
     Returns:
         Tensor[B, 3, H, W] with sides that are multiples of 32, and int64 Tensor[B, 2]: (height, width) of each.
 
     Raises:
-        TypeError: no tensors, or not floating.
+        TypeError: no tensors, or neither all floating nor all uint8.
         ValueError: no picture, not [3, H, W], or empty.
     """
     if len(images) == 0:
         raise ValueError("the network needs at least one picture, got none")
+    are_bytes = all(isinstance(image, Tensor) and image.dtype == torch.uint8 for image in images)
     for number, image in enumerate(images):
-        if not isinstance(image, Tensor) or not image.is_floating_point():
+        if not are_bytes and (not isinstance(image, Tensor) or not image.is_floating_point()):
             kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
             raise TypeError(f"picture {number} must be a float tensor with RGB in 0..1, got {kind}")
         if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
@@ -42,15 +44,23 @@ def stack_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return batch, sizes.to(batch.device)
 
 
-def normalise(batch: Tensor, sizes: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalise(batch: Tensor, sizes: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
     """(batch - mean) / std inside each picture, zero in the padding.
 
     Args:
-        batch: Tensor[B, 3, H, W]; sizes: int64 [B, 2]; mean, std: Tensor[3].
+        batch: Tensor[B, 3, H, W], RGB in 0..1, or uint8 in 0..255; sizes: int64 [B, 2]; mean, std: Tensor[3].
+        dtype: of the result where `batch` is uint8; else it has that of `batch`.
 
     Returns:
         Tensor[B, 3, H, W].
     """
+    if batch.dtype == torch.uint8:
+        if batch.is_cuda and dtype != torch.float64 and "cuda" in loaded_kernels():
+            pixels = torch.empty(batch.shape, dtype=dtype, device=batch.device, memory_format=torch.channels_last)
+            torch.ops.dsg.normalise_pixels(batch, sizes, mean.float(), std.float(), pixels)
+            return pixels
+        wide = torch.promote_types(dtype, torch.float32)
+        return normalise(batch.to(wide) / 255, sizes, mean.to(wide), std.to(wide), wide).to(dtype)
     height, width = batch.shape[-2:]
     rows = torch.arange(height, device=batch.device)[:, None] < sizes[:, 0, None, None, None]  # [B, 1, H, 1]
     columns = torch.arange(width, device=batch.device) < sizes[:, 1, None, None, None]  # [B, 1, 1, W]

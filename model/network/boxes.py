@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dsg.model.network.constants import constant
 from dsg.ops import batched_nms
 
 # a box never grows more than this in one step: exp(4.135) = 62.5 (R-CNN's bound, keeps exp from overflowing)
@@ -48,7 +49,7 @@ def encode_deltas(boxes: Tensor, references: Tensor, weights: tuple[float, float
     centres = references[..., :2] + 0.5 * sides
     wanted_sides = boxes[..., 2:] - boxes[..., :2]
     wanted_centres = boxes[..., :2] + 0.5 * wanted_sides
-    scale = references.new_tensor(weights)
+    scale = constant(weights, references)
     moves = scale[:2] * (wanted_centres - centres) / sides
     growths = scale[2:] * torch.log(wanted_sides / sides)
     return torch.cat([moves, growths], dim=-1)
@@ -65,7 +66,7 @@ def decode_deltas(deltas: Tensor, references: Tensor, weights: tuple[float, floa
     """
     sides = references[..., 2:] - references[..., :2]
     centres = references[..., :2] + 0.5 * sides
-    scaled = deltas / deltas.new_tensor(weights)
+    scaled = deltas / constant(weights, deltas)
     new_centres = scaled[..., :2] * sides + centres
     new_halves = 0.5 * torch.exp(scaled[..., 2:].clamp(max=_MAX_LOG_SCALE)) * sides
     return torch.cat([new_centres - new_halves, new_centres + new_halves], dim=-1)

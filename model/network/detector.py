@@ -77,7 +77,8 @@ class Detector(nn.Module, Generic[Carried]):
         """Losses in training mode, detections in eval mode.
 
         Args:
-            images: float Tensor[3, H, W] each, RGB in 0..1, any mix of sizes; normalised and padded here, not resized.
+            images: Tensor[3, H, W] each, RGB, float in 0..1 or all uint8, any mix of sizes; normalised and padded here,
+                not resized.
             targets: in training, a dict a picture; see `stack_targets`.
             score_threshold: 0..1; detections below it are left out, and no time goes into their masks. The
                 network's own floor holds in any case.
@@ -92,6 +93,8 @@ class Detector(nn.Module, Generic[Carried]):
         batch, sizes = stack_images(images)
         if not self.training:
             return self._detect(batch, sizes, score_threshold)
+        if not batch.is_floating_point():
+            raise TypeError("picture 0 must be a float tensor with RGB in 0..1 in training, got torch.uint8")
         if targets is None:
             raise ValueError("targets are needed in training mode; call eval() for detections")
         return self.losses(batch, sizes, stack_targets(targets, images, self.config.num_classes))
@@ -148,12 +151,14 @@ class Detector(nn.Module, Generic[Carried]):
         kept, carried = self._kept_boxes(batch, sizes)
         wanted = kept.valid & (kept.scores >= score_threshold)  # [B, D]
         rows = wanted.flatten().nonzero().squeeze(1)  # [R]
-        rois = as_rois(kept.boxes)[rows]  # [R, 5]
-        labels = kept.labels.flatten()[rows]  # [R]
+        filled = rounded_up(rows)  # [Q], Q >= R
+        rois = as_rois(kept.boxes)[filled]  # [Q, 5]
+        labels = kept.labels.flatten()[filled]  # [Q]
+        probabilities, overlaps = self._predict_masks(rois, labels, kept.origin.flatten()[filled], carried)
+        rois, labels, probabilities = rois[: len(rows)], labels[: len(rows)], probabilities[: len(rows)]
         scores = kept.scores.flatten()[rows]  # [R]
-        probabilities, overlaps = self._predict_masks(rois, labels, kept.origin.flatten()[rows], carried)
         if overlaps is not None:
-            scores = scores * overlaps
+            scores = scores * overlaps[: len(rows)]
         counts = wanted.sum(dim=1).tolist()
         parts = zip(
             rois[:, 1:].split(counts),
@@ -169,14 +174,17 @@ class Detector(nn.Module, Generic[Carried]):
         return found if overlaps is None else [_in_order(one, score_threshold) for one in found]
 
     def _pyramid(self, batch: Tensor, sizes: Tensor) -> list[Tensor]:
-        mean, std = self.pixel_mean.to(batch.dtype), self.pixel_std.to(batch.dtype)
-        levels: list[Tensor] = self.backbone(normalise(batch, sizes, mean, std))
+        if batch.is_floating_point():
+            mean, std = self.pixel_mean.to(batch.dtype), self.pixel_std.to(batch.dtype)
+        else:
+            mean, std = self.pixel_mean, self.pixel_std
+        levels: list[Tensor] = self.backbone(normalise(batch, sizes, mean, std, self.rpn_head.conv.weight.dtype))
         return levels
 
     def _kept_boxes(self, batch: Tensor, sizes: Tensor) -> tuple[KeptBoxes, Carried]:
         """Everything up to the masks."""
         levels = self._pyramid(batch, sizes)
-        anchors = self.anchors(levels, batch.shape[-2:], batch.dtype)
+        anchors = self.anchors(levels, batch.shape[-2:], levels[0].dtype)
         return self._detect_boxes(levels, self.selector(*self.rpn_head(levels), anchors, sizes), sizes)
 
     def _as_guide(self, logits: Tensor, features: Tensor) -> ProposalMasks:

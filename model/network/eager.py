@@ -13,7 +13,8 @@ from dsg.model.network.detections import Detections
 from dsg.model.network.detector import Detector
 from dsg.model.network.image_tensor import image_tensor, resize
 from dsg.model.network.info import CheckpointInfo, Resize
-from dsg.model.network.predictor import PreparedImage, Runtime
+from dsg.model.network.norm import fold_norms
+from dsg.model.network.predictor import Precision, PreparedImage, Runtime
 from dsg.model.network.sizes import padded_size
 from dsg.ops import kernel_name
 
@@ -51,16 +52,18 @@ class EagerRuntime(Runtime):
 
     @torch.inference_mode()
     def detect(self, prepared: Sequence[PreparedImage], score_threshold: float) -> list[Detections]:
-        images = [self._on_device(item.pixels) for item in prepared]
-        # A module of another kind, such as a recipe's own network, takes pictures alone.
-        options = {"score_threshold": score_threshold} if isinstance(self.model, Detector) else {}
-        results = self.model(images, **options)
+        parameter = next(self.model.parameters())  # asked anew: the owner may call model.double() or .cuda()
+        images = [item.pixels.to(parameter.device, non_blocking=True) for item in prepared]
+        # A module of another kind, such as a recipe's own network, takes float pictures alone.
+        ours = isinstance(self.model, Detector)
+        if not ours or any(image.dtype != torch.uint8 for image in images):
+            images = [_as_float(image, parameter.dtype) for image in images]
+        results = self.model(images, score_threshold=score_threshold) if ours else self.model(images)
         return [to_original(found, item) for found, item in zip(results, prepared, strict=True)]
 
-    def _on_device(self, pixels: Tensor) -> Tensor:
-        parameter = next(self.model.parameters())  # asked anew: the owner may call model.double() or .cuda()
-        moved = pixels.to(parameter.device, non_blocking=True)
-        return moved.to(parameter.dtype) / 255 if moved.dtype == torch.uint8 else moved.to(parameter.dtype)
+
+def _as_float(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    return pixels.to(dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(dtype)
 
 
 def to_original(found: Detections, prepared: PreparedImage) -> Detections:
@@ -73,9 +76,19 @@ def to_original(found: Detections, prepared: PreparedImage) -> Detections:
     return replace(found, boxes=boxes, image_size=(height, width))
 
 
-def load_eager(path: str | os.PathLike[str], device: torch.device | str | None) -> tuple[nn.Module, CheckpointInfo]:
-    """The module of a checkpoint on its device, and its description; errors as `predictor.load` says."""
-    model, info = load_checkpoint(path, present_device(device))
+def load_eager(
+    path: str | os.PathLike[str], device: torch.device | str | None, precision: Precision, proposals: int | None
+) -> tuple[nn.Module, CheckpointInfo]:
+    """The module of a checkpoint on its device, and its description; arguments and errors as `predictor.load` says."""
+    place = present_device(device)
+    model, info = load_checkpoint(path, place)
+    if proposals is not None:
+        model.selector.proposals = (model.selector.proposals[0], proposals)
+    if precision == "auto":
+        precision = "float16" if place.type == "cuda" else "float32"
+    if precision != "float32":
+        fold_norms(model)
+        model.to(getattr(torch, precision))
     # Channels-last is what CPUs, tensor cores and SgRoIAlign are fastest with; from the weights it spreads to all else.
     return model.to(memory_format=torch.channels_last), info
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dsg.model.network.detections import Detections, lowest_of
 from dsg.model.network.info import CheckpointInfo, Resize
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 _BATCH = 8
+Precision = Literal["auto", "float32", "float16", "bfloat16"]
+"""What a network computes in; boxes and scores are float32 or wider in any case."""
 
 
 @dataclass(frozen=True)
@@ -183,17 +185,26 @@ def weights_path(name_or_path: str | os.PathLike[str]) -> Path:
     return shipped_weights().get(os.fspath(name_or_path), Path(name_or_path))
 
 
-def load(name_or_path: str | os.PathLike[str], device: "torch.device | str | None" = None) -> Predictor:
+def load(
+    name_or_path: str | os.PathLike[str],
+    device: "torch.device | str | None" = None,
+    precision: Precision = "auto",
+    proposals: int | None = None,
+) -> Predictor:
     """A predictor from weights in the package or from a checkpoint file.
 
     Args:
         name_or_path: a name of `dsg models`, or a path.
         device: "cuda", "cuda:1", "cpu"; None is a GPU if there is one.
+        precision: "float32" is the network as its checkpoint has it. In half precision its frozen norms are part of
+            its convolutions, which is for prediction alone. "auto": float16 on a GPU, float32 on a CPU.
+        proposals: regions of a picture that its heads look at; None is the checkpoint's own number. Fewer take less
+            time, and may miss what is crowded.
 
     Raises:
         FileNotFoundError: neither a name nor a file.
         CheckpointError: a file that is not a checkpoint, or a broken one.
-        ValueError: a device that is not there.
+        ValueError: a device that is not there, an unknown precision, proposals below 1.
     """
     from dsg.model.network.eager import load_eager
 
@@ -201,4 +212,8 @@ def load(name_or_path: str | os.PathLike[str], device: "torch.device | str | Non
     if not path.is_file():
         known = ", ".join(shipped_weights()) or "none"
         raise FileNotFoundError(f"no weights {os.fspath(name_or_path)!r}: neither a file nor one of the names {known}")
-    return Predictor(*load_eager(path, device))
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+    if proposals is not None and proposals < 1:
+        raise ValueError(f"proposals must be at least 1, got {proposals}")
+    return Predictor(*load_eager(path, device, precision, proposals))

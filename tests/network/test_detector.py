@@ -343,3 +343,30 @@ def test_an_own_backbone():
     assert model.config.pixel_std == (0.229, 0.224, 0.225)  # it says none: ImageNet's
     sum(model([torch.rand(3, 64, 96)], [target()]).values()).backward()
     assert gradients_or_zeros(model) == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bytes_are_the_pictures_that_they_are(dtype):
+    model = confident(small()).to(dtype)
+    pictures = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((64, 96), (50, 70))]
+    as_bytes, as_floats = model(pictures), model([picture.to(dtype) / 255 for picture in pictures])
+    for one, other in zip(as_bytes, as_floats, strict=True):
+        assert len(one) > 0
+        for name in ("boxes", "scores", "labels", "mask_probs"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+def test_anchors_are_made_once_for_each_size_of_batch():
+    generator = small().anchors
+    levels = [torch.zeros(1, 8, side, side) for side in (16, 8, 4, 2, 1)]
+    with torch.inference_mode():
+        first = generator(levels, (64, 64), torch.float32)
+    again = generator(levels, (64, 64), torch.float16)
+    assert all(one is other for one, other in zip(first, again, strict=True))
+    assert not first[0].is_inference()
+    wide = generator(levels, (64, 64), torch.float64)
+    assert wide[0].dtype == torch.float64 and torch.equal(wide[0].float(), first[0])
+    for side in range(1, 40):
+        generator([torch.zeros(1, 8, side, side) for _ in range(5)], (4 * side, 4 * side), torch.float32)
+    assert len(generator._known) <= 16

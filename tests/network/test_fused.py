@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from dsg.model.network import fused, heads, rpn
+from dsg.model.network.batch import normalise
 from dsg.model.network.build import build
 from dsg.model.network.heads import BoxHead, MaskHead
 from dsg.model.network.norm import FrozenBatchNorm2d, convolve_normalise_relu, fold_norms
@@ -136,3 +137,17 @@ def test_a_norm_that_was_folded_leaves_one_convolution():
         torch.testing.assert_close(convolve_normalise_relu(block[0], block[1], x, other.clone()), wanted)
         fold_norms(block)
         torch.testing.assert_close(convolve_normalise_relu(block[0], block[1], x, other.clone()), wanted)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bytes_are_normalised_in_one_pass_as_in_many(dtype):
+    torch.manual_seed(0)
+    batch = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
+    sizes = torch.tensor([[64, 96], [50, 70], [1, 1]])
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).double(), torch.tensor([0.229, 0.224, 0.225]).double()
+    wanted = normalise(batch, sizes, mean, std, dtype)
+    found = normalise(batch.cuda(), sizes.cuda(), mean.cuda(), std.cuda(), dtype)
+    assert found.is_contiguous(memory_format=torch.channels_last) and found.dtype == dtype
+    torch.testing.assert_close(found.cpu(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
