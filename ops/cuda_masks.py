@@ -19,8 +19,8 @@ _MOST_PIXELS = 1 << 31  # places in a picture are int32
 
 
 def can_encode(probs: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> bool:
-    """Whether `encode_on_cuda` takes these: float32 on a GPU for which the kernels are there."""
-    singles = probs.dtype == boxes.dtype == torch.float32
+    """Whether `encode_on_cuda` takes these, the boxes as float32: on a GPU for which the kernels are there."""
+    singles = probs.dtype == torch.float32 and boxes.dtype != torch.float64
     small = image_size[0] * image_size[1] < _MOST_PIXELS
     return probs.is_cuda and boxes.is_cuda and singles and small and "cuda" in loaded_kernels()
 

@@ -12,8 +12,9 @@ Letters: `N` masks, `m` side of a mask, `s = m + 2` side with its border, `H, W`
 size of a window (what of a box lies in the picture).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -77,12 +78,42 @@ def encode_masks(
     Returns:
         N times `{"size": [H, W], "counts": str}`, byte for byte what pycocotools makes of the pasted masks.
     """
-    probs = _checked(probs, boxes, image_size)
-    height, width = int(image_size[0]), int(image_size[1])
-    if paste == "box" and can_encode(probs, boxes, image_size):
-        sizes = torch.tensor([[height, width]], device=probs.device).expand(len(probs), 2)
-        texts = encode_on_cuda(probs, boxes.detach(), sizes, width, threshold)
-        return [{"size": [height, width], "counts": text} for text in texts]
+    (texts,) = encode_mask_batches([(probs, boxes, image_size)], threshold, paste)
+    return [{"size": [int(image_size[0]), int(image_size[1])], "counts": text} for text in texts]
+
+
+def encode_mask_batches(
+    batches: Sequence[tuple[Tensor, Tensor, tuple[int, int]]], threshold: float = 0.5, paste: str = "box"
+) -> list[list[str]]:
+    """The compressed counts of the masks of several pictures, each as `encode_masks` gives them.
+
+    Args:
+        batches: probs [N, m, m], boxes [N, 4] and (H, W) of each picture; on one device, m the same in all. A GPU does
+            all of them at once.
+    """
+    batches = [(_checked(probs, boxes, size), boxes.detach(), size) for probs, boxes, size in batches]
+    if paste != "box" or not all(can_encode(*one) for one in batches):
+        return [_encode_picture(*one, threshold, paste) for one in batches]
+    numbers = [len(probs) for probs, _, _ in batches]
+    sizes = torch.tensor([size for _, _, size in batches]).repeat_interleave(torch.tensor(numbers), dim=0)  # [N, 2]
+    texts = encode_on_cuda(
+        torch.cat([probs for probs, _, _ in batches]),
+        torch.cat([boxes.float() for _, boxes, _ in batches]),
+        sizes.to(batches[0][0].device),
+        max(width for _, _, (_, width) in batches),
+        threshold,
+    )
+    ends = list(accumulate(numbers))
+    return [texts[end - number : end] for number, end in zip(numbers, ends, strict=True)]
+
+
+def _encode_picture(
+    probs: Tensor,  # [N, m, m]
+    boxes: Tensor,  # [N, 4]
+    image_size: tuple[int, int],
+    threshold: float,
+    paste: str,
+) -> list[str]:
     nothing = window_counts(np.zeros((0, 0), dtype=np.bool_), 0, 0, image_size)
     counts = [nothing] * len(probs)
     waiting: list[tuple[Window, Tensor]] = []
@@ -94,7 +125,7 @@ def encode_masks(
             _count_runs(waiting, image_size, counts)
             waiting, pixels = [], 0
     _count_runs(waiting, image_size, counts)
-    return [{"size": [height, width], "counts": text} for text in counts_to_strings(counts)]
+    return counts_to_strings(counts)
 
 
 def _count_runs(

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dsg.model.network.detections import with_counts
+
 if TYPE_CHECKING:
     from dsg.model.network.detections import Detections
     from dsg.model.network.predictor import Predictor, PreparedImage
@@ -127,7 +129,10 @@ def run(predictor: "Predictor", pictures: "Sequence[PreparedImage]", score_thres
     """Run one batch here and now; raises as `Device.begin` says."""
     started = time.monotonic()
     try:
-        found = [_on_cpu(one) for one in predictor.detect(pictures, score_threshold)]
+        found = predictor.detect(pictures, score_threshold)
+        if _is_cuda(predictor):
+            found = with_counts(found)  # there it takes a fraction of what it would take threads here
+        found = [_on_cpu(one) for one in found]
         seconds = time.monotonic() - started
         if len(found) != len(pictures):
             raise RuntimeError(f"detect gave {len(found)} answers for {len(pictures)} pictures")

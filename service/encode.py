@@ -1,7 +1,7 @@
 """Detections -> one COCO document, as bytes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -27,14 +27,8 @@ class Answered:
 def select(detections: "Detections", wanted: Wanted) -> "Detections":
     """What of a picture's detections a request wants: its categories first, then threshold and number."""
     if wanted.labels is not None:
-        rows = [row for row, label in enumerate(detections.labels.tolist()) if label in wanted.labels]
-        detections = replace(
-            detections,
-            boxes=detections.boxes[rows],
-            scores=detections.scores[rows],
-            labels=detections.labels[rows],
-            mask_probs=detections.mask_probs[rows],
-        )
+        labels = wanted.labels
+        detections = detections.rows([row for row, own in enumerate(detections.labels.tolist()) if own in labels])
     return detections.select(wanted.score_threshold, wanted.max_detections)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,9 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+_TENSORS = ("boxes", "scores", "labels", "mask_probs")
 
 
 def lowest_of(score_threshold: float | Sequence[float]) -> float:
@@ -50,6 +53,9 @@ class Detections:
     paste: str = "box"
     """How masks come into the picture: "box" or "grid", see `dsg.ops.masks`."""
 
+    counts: tuple[str, ...] | None = None
+    """COCO's compressed counts of the n masks where they are made already, see `with_counts`."""
+
     def __post_init__(self) -> None:
         for name in ("boxes", "scores", "mask_probs"):
             if not _is_floating(getattr(self, name)):
@@ -62,6 +68,8 @@ class Detections:
             found = tuple(getattr(self, name).shape)
             if found != shape:
                 raise ValueError(f"detections: {name} must be {list(shape)}, not {list(found)}")
+        if self.counts is not None and len(self.counts) != n:
+            raise ValueError(f"detections: counts must be {n} texts, not {len(self.counts)}")
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ValueError(f"detections: image_size must be (height, width), not {tuple(self.image_size)}")
 
@@ -80,6 +88,8 @@ class Detections:
 
     def rle(self) -> list[dict[str, Any]]:
         """The masks as n COCO RLEs `{"size": [H, W], "counts": str}`, made without a full-size mask."""
+        if self.counts is not None:
+            return [{"size": list(self.image_size), "counts": text} for text in self.counts]
         if isinstance(self.mask_probs, np.ndarray):
             from dsg.ops.array_masks import encode_arrays
 
@@ -147,9 +157,20 @@ class Detections:
             least = score_threshold
         wanted = self.scores >= least  # [n]
         rows = np.flatnonzero(wanted) if isinstance(wanted, np.ndarray) else wanted.nonzero()[:, 0]
-        rows = rows[:max_detections]  # [k]
-        return Detections(
-            self.boxes[rows], self.scores[rows], self.labels[rows], self.mask_probs[rows], self.image_size, self.paste
+        return self.rows(rows[:max_detections])
+
+    def rows(self, rows: Any) -> Detections:  # integers [k]: a tensor, an array or a list
+        """The detections of these rows."""
+        counts = self.counts
+        if counts is not None:
+            counts = tuple(counts[row] for row in (rows if isinstance(rows, list) else rows.tolist()))
+        return replace(
+            self,
+            boxes=self.boxes[rows],
+            scores=self.scores[rows],
+            labels=self.labels[rows],
+            mask_probs=self.mask_probs[rows],
+            counts=counts,
         )
 
     def to(self, device: torch.device | str) -> Detections:
@@ -157,16 +178,22 @@ class Detections:
         if isinstance(self.boxes, np.ndarray):
             import torch
 
-            fields = (self.boxes, self.scores, self.labels, self.mask_probs)
-            return Detections(*map(torch.from_numpy, fields), self.image_size, self.paste).to(device)
-        return Detections(
-            self.boxes.to(device),
-            self.scores.to(device),
-            self.labels.to(device),
-            self.mask_probs.to(device),
-            self.image_size,
-            self.paste,
-        )
+            tensors = (torch.from_numpy(getattr(self, name)) for name in _TENSORS)
+        else:
+            tensors = (getattr(self, name) for name in _TENSORS)
+        return replace(self, **{name: tensor.to(device) for name, tensor in zip(_TENSORS, tensors, strict=True)})
+
+
+def with_counts(found: Sequence[Detections]) -> list[Detections]:
+    """The same detections of several pictures, their masks' counts made: on a GPU those of all pictures at once."""
+    first = next((one for one in found if len(one)), None)
+    if first is None or isinstance(first.mask_probs, np.ndarray):
+        return [replace(one, counts=tuple(rle["counts"] for rle in one.rle())) for one in found]
+    from dsg.ops.masks import encode_mask_batches
+
+    batches = [(one.mask_probs, one.boxes, one.image_size) for one in found]
+    texts = encode_mask_batches(batches, paste=first.paste)
+    return [replace(one, counts=tuple(own)) for one, own in zip(found, texts, strict=True)]
 
 
 def _is_floating(values: Any) -> bool:

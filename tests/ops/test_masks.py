@@ -229,3 +229,53 @@ def test_wrong_arguments(probs, boxes, image_size, error, message):
         encode_masks(probs, boxes, image_size)
     with pytest.raises(error, match=message):
         paste_masks(probs, boxes, image_size)
+
+
+def test_several_pictures_at_once_are_each_alone(device):
+    generator = torch.Generator().manual_seed(11)
+    batches = []
+    for number, size in ((4, (60, 80)), (0, (33, 21)), (3, (120, 50))):
+        probs = random_probs(generator, number, 14, "steps").to(device)
+        batches.append((probs, random_boxes(generator, number, size, inside=False).to(device), size))
+    texts = masks_module.encode_mask_batches(batches)
+    assert [len(own) for own in texts] == [4, 0, 3]
+    for own, (probs, boxes, size) in zip(texts, batches, strict=True):
+        assert own == [rle["counts"] for rle in oracle(paste_masks(probs, boxes, size))]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@settings(deadline=None, max_examples=150)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(["noise", "steps", "flat", "blobs"]),
+    st.sampled_from([1, 2, 14, 28]),
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.sampled_from([0.5, 0.3, 1.0]),
+    st.sampled_from([1.0, 5.0, 40.0]),
+)
+def test_on_a_gpu_too_rles_are_those_of_the_pasted_masks(seed, kind, side, height, width, threshold, largest):
+    generator = torch.Generator().manual_seed(seed)
+    probs = random_probs(generator, 5, side, kind).cuda()
+    boxes = random_boxes(generator, 5, (height, width), largest, inside=False).cuda()
+    boxes[0] = torch.tensor([-9.0, -7.0, width + 9.0, height + 7.0])
+    pasted = paste_masks(probs, boxes, (height, width), threshold)
+    assert encode_masks(probs, boxes, (height, width), threshold) == oracle(pasted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("kind", ["blobs", "noise"])
+def test_300_masks_of_12_megapixels_take_little_memory(kind):
+    generator = torch.Generator().manual_seed(12)
+    probs = random_probs(generator, 300, 28, kind).cuda()
+    boxes = random_boxes(generator, 300, (3000, 4000)).cuda()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    rles = encode_masks(probs, boxes, (3000, 4000))
+    assert torch.cuda.max_memory_allocated() - before < 64e6
+    for number in (0, 150, 299):
+        pasted = paste_masks(probs[number : number + 1], boxes[number : number + 1], (3000, 4000))
+        assert [rles[number]] == oracle(pasted)

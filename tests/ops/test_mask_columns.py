@@ -1,0 +1,104 @@
+"""What a GPU's thread does with a column of a mask, run on the CPU, against pycocotools."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+
+import dsg.ops
+from dsg.ops.masks import _window_values
+from dsg.ops.windows import box_windows
+
+COMPILER = shutil.which("c++") or shutil.which("g++")
+PROGRAM = """
+#include <vector>
+#include "mask_columns.cuh"
+extern "C" int encode(
+    const float* mask, int cells, const float* box, int64_t height, int64_t width, float threshold, char* text) {
+  const auto window = dsg::mask_window(box, static_cast<float>((cells + 2.0) / cells), height, width);
+  std::vector<int32_t> changes;
+  for (int64_t column = window.left; column < window.right && !window.empty(); ++column) {
+    dsg::walk_column(mask, cells, window, column, height, threshold,
+                     [&](int64_t place) { changes.push_back(static_cast<int32_t>(place)); });
+  }
+  const dsg::RunCounts runs{changes.data(), static_cast<int64_t>(changes.size()), height * width};
+  int length = 0;
+  for (int64_t index = 0; index < runs.counts(); ++index) {
+    dsg::write_number(runs.written(index), [&](unsigned char one) { text[length++] = one; });
+  }
+  return length;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def encode(tmp_path_factory):
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("columns")
+    (folder / "columns.cpp").write_text(PROGRAM)
+    headers = Path(dsg.ops.__file__).parent / "csrc" / "cuda"
+    options = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{headers}"]
+    subprocess.run([COMPILER, *options, "columns.cpp", "-o", "columns.so"], cwd=folder, check=True)
+    library = ctypes.CDLL(str(folder / "columns.so"))
+
+    def run(probs: torch.Tensor, box: torch.Tensor, size: tuple[int, int], threshold: float) -> str:
+        text = ctypes.create_string_buffer(1 << 20)
+        values, corners = probs.contiguous().numpy(), box.contiguous().numpy()
+        pointer = ctypes.c_void_p
+        length = library.encode(
+            values.ctypes.data_as(pointer),
+            len(values),
+            corners.ctypes.data_as(pointer),
+            *map(ctypes.c_int64, size),
+            ctypes.c_float(threshold),
+            text,
+        )
+        return text.raw[:length].decode("ascii")
+
+    return run
+
+
+def pasted(probs: torch.Tensor, box: torch.Tensor, size: tuple[int, int], threshold: float) -> np.ndarray:
+    """uint8 [H, W] with fused multiply-adds, as torch's resize has them on CUDA."""
+    picture = np.zeros(size, np.uint8)
+    padded = F.pad(probs, (1, 1, 1, 1))
+    for window in box_windows(box[None].numpy(), len(probs), size):
+        rows = slice(window.top - window.box_top, window.bottom - window.box_top)
+        columns = slice(window.left - window.box_left, window.right - window.box_left)
+        values = _window_values(padded, (window.box_height, window.box_width), rows, columns, fused=True)
+        picture[window.top : window.bottom, window.left : window.right] = values >= threshold
+    return picture
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    seed=st.integers(0, 2**31),
+    cells=st.sampled_from([1, 2, 14, 28]),
+    size=st.tuples(st.integers(1, 100), st.integers(1, 100)),
+    levels=st.sampled_from([2, 3, 1000]),
+    threshold=st.sampled_from([0.5, 0.3, 1.0]),
+    reach=st.sampled_from(["inside", "all of it", "far beyond", "misses it", "not finite"]),
+)
+def test_changes_of_columns_make_the_counts_of_the_pasted_mask(encode, seed, cells, size, levels, threshold, reach):
+    generator = torch.Generator().manual_seed(seed)
+    probs = torch.randint(0, levels, (cells, cells), generator=generator) / (levels - 1)
+    height, width = size
+    corners = torch.rand(4, generator=generator) * torch.tensor([width, height, width, height])
+    box = {
+        "inside": torch.cat([corners[:2].minimum(corners[2:]), corners[:2].maximum(corners[2:])]),
+        "all of it": torch.tensor([-3.0, -2.0, width + 4.0, height + 5.0]),
+        "far beyond": torch.tensor([-50.0 * width, -3.0, 40.0 * width, 60.0 * height]),
+        "misses it": torch.tensor([width + 90.0, 0.0, width + 95.0, 9.0]),
+        "not finite": torch.tensor([0.0, float("nan"), 9.0, float("inf")]),
+    }[reach]
+    expected = coco_mask.encode(np.asfortranarray(pasted(probs, box, size, threshold)))
+    assert encode(probs, box, size, threshold) == expected["counts"].decode("ascii")
