@@ -31,6 +31,7 @@ def encode_on_cuda(
     sizes: Tensor,  # int64 [N, 2]
     columns: int,
     threshold: float,
+    on_grid: bool,
 ) -> list[str]:
     """COCO's compressed counts of each mask.
 
@@ -39,11 +40,13 @@ def encode_on_cuda(
         sizes: (height, width) of each mask's picture, on the device.
         columns: W, of the widest of them.
         threshold: a pixel is set where its probability is at least this.
+        on_grid: sampled at pixel centres, `paste="grid"`; else torchvision's convention.
     """
     if len(probs) == 0:
         return []
+    how = columns, threshold, on_grid
     masks = probs.contiguous(), boxes.contiguous(), sizes.contiguous()
-    counts = torch.ops.dsg.mask_change_counts(*masks, columns, threshold)  # int32 [N, W]
+    counts = torch.ops.dsg.mask_change_counts(*masks, *how)  # int32 [N, W]
     ends = counts.flatten().cumsum(0)  # int64 [N * W]
     of_masks = ends[columns - 1 :: columns].tolist()  # the host waits here, ...
     texts: list[str] = []
@@ -52,7 +55,7 @@ def encode_on_cuda(
         before = of_masks[first - 1] if first else 0
         places = ends[first * columns : last * columns] - before  # [n * W]
         total = of_masks[last - 1] - before
-        changes = torch.ops.dsg.mask_changes(*part, columns, threshold, places, total)  # int32 [total]
+        changes = torch.ops.dsg.mask_changes(*part, *how, places, total)  # int32 [total]
         texts += _texts(changes, places[columns - 1 :: columns].contiguous(), part[2])
     return texts
 

@@ -92,7 +92,7 @@ def encode_mask_batches(
             all of them at once.
     """
     batches = [(_checked(probs, boxes, size), boxes.detach(), size) for probs, boxes, size in batches]
-    if paste != "box" or not all(can_encode(*one) for one in batches):
+    if paste not in ("box", "grid") or not all(can_encode(*one) for one in batches):
         return [_encode_picture(*one, threshold, paste) for one in batches]
     numbers = [len(probs) for probs, _, _ in batches]
     sizes = torch.tensor([size for _, _, size in batches]).repeat_interleave(torch.tensor(numbers), dim=0)  # [N, 2]
@@ -102,6 +102,7 @@ def encode_mask_batches(
         sizes.to(batches[0][0].device),
         max(width for _, _, (_, width) in batches),
         threshold,
+        paste == "grid",
     )
     ends = list(accumulate(numbers))
     return [texts[end - number : end] for number, end in zip(numbers, ends, strict=True)]

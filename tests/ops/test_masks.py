@@ -254,14 +254,15 @@ def test_several_pictures_at_once_are_each_alone(device):
     st.integers(1, 90),
     st.sampled_from([0.5, 0.3, 1.0]),
     st.sampled_from([1.0, 5.0, 40.0]),
+    st.sampled_from(["box", "grid"]),
 )
-def test_on_a_gpu_too_rles_are_those_of_the_pasted_masks(seed, kind, side, height, width, threshold, largest):
+def test_on_a_gpu_too_rles_are_those_of_the_pasted_masks(seed, kind, side, height, width, threshold, largest, paste):
     generator = torch.Generator().manual_seed(seed)
     probs = random_probs(generator, 5, side, kind).cuda()
     boxes = random_boxes(generator, 5, (height, width), largest, inside=False).cuda()
     boxes[0] = torch.tensor([-9.0, -7.0, width + 9.0, height + 7.0])
-    pasted = paste_masks(probs, boxes, (height, width), threshold)
-    assert encode_masks(probs, boxes, (height, width), threshold) == oracle(pasted)
+    pasted = paste_masks(probs, boxes, (height, width), threshold, paste)
+    assert encode_masks(probs, boxes, (height, width), threshold, paste) == oracle(pasted)
 
 
 @pytest.mark.gpu

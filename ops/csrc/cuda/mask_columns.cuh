@@ -1,5 +1,5 @@
 // A mask seen column by column, as COCO's run lengths read a picture, without the picture: where in each column the
-// pixels change between set and not set. Pixel values are those of torch's bilinear resize on CUDA, to the last bit.
+// pixels change between set and not set. Pixel values are those of torch's own kernels on CUDA, to the last bit.
 //
 // Letters: m side of a mask, H and W of a picture.
 #pragma once
@@ -29,9 +29,8 @@ DSG_DEVICE float sum(float a, float b) { return a + b; }
 DSG_DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 #endif
 
-// A box with its mask's border, in whole pixels, and what of it shows in the picture; ends are not part of it.
+// The part of a picture that a mask may show in; ends are not part of it.
 struct MaskWindow {
-  int64_t box_top, box_left, box_height, box_width;
   int64_t top, bottom, left, right;
 
   DSG_DEVICE bool empty() const { return top >= bottom || left >= right; }
@@ -40,92 +39,172 @@ struct MaskWindow {
 };
 
 DSG_DEVICE float held(float value) { return value < -kFurthest ? -kFurthest : value > kFurthest ? kFurthest : value; }
-
-// growth: (m + 2) / m. Boxes that are not finite have an empty window.
-DSG_DEVICE MaskWindow mask_window(const float* box, float growth, int64_t height, int64_t width) {
-  int64_t low[2], high[2];
-  for (int axis = 0; axis < 2; ++axis) {
-    const float half = product(product(sum(box[axis + 2], -box[axis]), 0.5f), growth);
-    const float centre = product(sum(box[axis + 2], box[axis]), 0.5f);
-    const float first = sum(centre, -half), last = sum(centre, half);
-    if (!(first - first == 0.0f) || !(last - last == 0.0f)) {
-      return {};
-    }
-    low[axis] = static_cast<int64_t>(held(first));
-    high[axis] = static_cast<int64_t>(held(last));
-  }
-  const auto cut = [](int64_t value, int64_t most) { return value < 0 ? int64_t{0} : value > most ? most : value; };
-  return {low[1], low[0], high[1] - low[1] + 1, high[0] - low[0] + 1,
-          cut(low[1], height), cut(high[1] + 1, height), cut(low[0], width), cut(high[0] + 1, width)};
+DSG_DEVICE bool is_finite(float value) { return value - value == 0.0f; }
+DSG_DEVICE int64_t cut(int64_t value, int64_t most) { return value < 0 ? 0 : value > most ? most : value; }
+DSG_DEVICE int64_t whole_below(float value) {
+  const int64_t whole = static_cast<int64_t>(value);
+  return static_cast<float>(whole) > value ? whole - 1 : whole;
 }
 
-// Between which two cells of the mask with its border a row or column of pixels lies.
-struct MaskTap {
-  int low, high;
-  float low_weight, high_weight;
-};
-
-DSG_DEVICE MaskTap mask_tap(int64_t pixel, int64_t pixels, int side) {
-  const float scale = static_cast<float>(side) / static_cast<float>(pixels);
-  const float wanted = multiply_add(static_cast<float>(pixel) + 0.5f, scale, -0.5f);
-  const float place = wanted > 0.0f ? wanted : 0.0f;
-  const int64_t cell = static_cast<int64_t>(place);
-  const int low = static_cast<int>(cell < side - 1 ? cell : side - 1);
-  const float rest = sum(place, -static_cast<float>(low));
-  const float weight = rest < 1.0f ? rest : 1.0f;
-  return {low, low + 1 < side ? low + 1 : side - 1, sum(1.0f, -weight), weight};
-}
-
-// One column of a mask [m, m] with its border of zeros.
-struct MaskColumn {
-  const float* mask;
+// Torchvision's convention, see `ops/masks.py`: a border of one zero, the box grown and cut to whole pixels, the mask
+// resized to them.
+struct BoxMask {
+  const float* mask;  // [m, m]
   int cells;  // m
-  MaskTap x;
+  int64_t top = 0, left = 0, height = 0, width = 0;  // of the grown box
+  MaskWindow window{};
 
-  DSG_DEVICE float cell(int row, int column) const {
-    const bool inside = row > 0 && row <= cells && column > 0 && column <= cells;
-    return inside ? mask[(row - 1) * cells + column - 1] : 0.0f;
+  // Between which two cells of the mask with its border a row or column of pixels lies.
+  struct Tap {
+    int low, high;
+    float low_weight, high_weight;
+  };
+
+  DSG_DEVICE BoxMask(const float* probs, int side, const float* box, int64_t picture_height, int64_t picture_width)
+      : mask(probs), cells(side) {
+    const float growth = static_cast<float>(static_cast<double>(side + 2) / static_cast<double>(side));
+    int64_t low[2], high[2];
+    for (int axis = 0; axis < 2; ++axis) {
+      const float half = product(product(sum(box[axis + 2], -box[axis]), 0.5f), growth);
+      const float centre = product(sum(box[axis + 2], box[axis]), 0.5f);
+      const float first = sum(centre, -half), last = sum(centre, half);
+      if (!is_finite(first) || !is_finite(last)) {
+        return;
+      }
+      low[axis] = static_cast<int64_t>(held(first));
+      high[axis] = static_cast<int64_t>(held(last));
+    }
+    top = low[1], left = low[0], height = high[1] - low[1] + 1, width = high[0] - low[0] + 1;
+    window = {cut(low[1], picture_height), cut(high[1] + 1, picture_height),
+              cut(low[0], picture_width), cut(high[0] + 1, picture_width)};
   }
-  DSG_DEVICE float across(int row) const {
-    return multiply_add(cell(row, x.low), x.low_weight, product(cell(row, x.high), x.high_weight));
+
+  static DSG_DEVICE Tap tap(int64_t pixel, int64_t pixels, int side) {
+    const float scale = static_cast<float>(side) / static_cast<float>(pixels);
+    const float wanted = multiply_add(static_cast<float>(pixel) + 0.5f, scale, -0.5f);
+    const float place = wanted > 0.0f ? wanted : 0.0f;
+    const int64_t cell = static_cast<int64_t>(place);
+    const int low = static_cast<int>(cell < side - 1 ? cell : side - 1);
+    const float rest = sum(place, -static_cast<float>(low));
+    const float weight = rest < 1.0f ? rest : 1.0f;
+    return {low, low + 1 < side ? low + 1 : side - 1, sum(1.0f, -weight), weight};
   }
+
+  // A column of the picture, read from top to bottom.
+  struct Column {
+    const BoxMask& of;
+    Tap x;
+    int known = -1;  // `low` and `high` are those of this row of cells
+    float low = 0.0f, high = 0.0f;
+
+    DSG_DEVICE float cell(int row, int column) const {
+      const bool inside = row > 0 && row <= of.cells && column > 0 && column <= of.cells;
+      return inside ? of.mask[(row - 1) * of.cells + column - 1] : 0.0f;
+    }
+    DSG_DEVICE float across(int row) const {
+      return multiply_add(cell(row, x.low), x.low_weight, product(cell(row, x.high), x.high_weight));
+    }
+    DSG_DEVICE float value(int64_t row) {
+      const Tap y = tap(row - of.top, of.height, of.cells + 2);
+      if (y.low != known) {
+        known = y.low;
+        low = across(y.low);
+        high = across(y.high);
+      }
+      return multiply_add(low, y.low_weight, product(high, y.high_weight));
+    }
+  };
+
+  DSG_DEVICE Column column(int64_t number) const { return {*this, tap(number - left, width, cells + 2)}; }
 };
 
-DSG_DEVICE float mask_value(const MaskTap& y, float low, float high) {
-  return multiply_add(low, y.low_weight, product(high, y.high_weight));
-}
+// Detectron2's convention, see `ops/grid_paste.py`: sampled at the pixels' centres, zeros around the mask.
+struct GridMask {
+  const float* mask;  // [m, m]
+  int cells;  // m
+  const float* box;
+  MaskWindow window{};
+
+  // The cell before a row or column of pixels, from -1 on, and how much it and the next one count.
+  struct Tap {
+    int low;
+    float low_weight, high_weight;
+  };
+
+  DSG_DEVICE GridMask(const float* probs, int side, const float* corners, int64_t picture_height, int64_t picture_width)
+      : mask(probs), cells(side), box(corners) {
+    int64_t low[2], high[2];
+    for (int axis = 0; axis < 2; ++axis) {
+      const float first = box[axis], last = box[axis + 2];
+      if (!is_finite(first) || !is_finite(last) || last <= first) {
+        return;
+      }
+      const float fade = (last - first) / (2.0f * static_cast<float>(side)) + 1.0f;
+      // A pixel more on each side: what it costs to be sure of all that show.
+      low[axis] = whole_below(held(first - fade)) - 1;
+      high[axis] = whole_below(held(last + fade)) + 2;
+    }
+    window = {cut(low[1], picture_height), cut(high[1], picture_height),
+              cut(low[0], picture_width), cut(high[0], picture_width)};
+  }
+
+  // Rounded as torch rounds `(pixel + 0.5 - low) / (high - low) * 2 - 1` on CUDA, where a division by a number is a
+  // product with its inverse, and then as its `grid_sample` does.
+  static DSG_DEVICE Tap tap(int64_t pixel, float low, float high, int cells) {
+    const float centre = sum(static_cast<float>(pixel), 0.5f);
+    const float length = static_cast<float>(static_cast<double>(high) - static_cast<double>(low));
+    const float share = product(sum(centre, -low), 1.0f / length);
+    const float normalised = sum(product(share, 2.0f), -1.0f);
+    const float place = product(multiply_add(sum(normalised, 1.0f), static_cast<float>(cells), -1.0f), 0.5f);
+    if (!(place > -1.0f && place < static_cast<float>(cells))) {
+      return {-2, 0.0f, 0.0f};
+    }
+    const int first = static_cast<int>(whole_below(place));
+    return {first, sum(static_cast<float>(first + 1), -place), sum(place, -static_cast<float>(first))};
+  }
+
+  struct Column {
+    const GridMask& of;
+    Tap x;
+
+    DSG_DEVICE float cell(int row, int column) const {
+      const bool inside = row >= 0 && row < of.cells && column >= 0 && column < of.cells;
+      return inside ? of.mask[row * of.cells + column] : 0.0f;
+    }
+    DSG_DEVICE float value(int64_t row) const {
+      const Tap y = tap(row, of.box[1], of.box[3], of.cells);
+      float total = product(cell(y.low, x.low), product(x.low_weight, y.low_weight));
+      total = multiply_add(cell(y.low, x.low + 1), product(x.high_weight, y.low_weight), total);
+      total = multiply_add(cell(y.low + 1, x.low), product(x.low_weight, y.high_weight), total);
+      return multiply_add(cell(y.low + 1, x.low + 1), product(x.high_weight, y.high_weight), total);
+    }
+  };
+
+  DSG_DEVICE Column column(int64_t number) const { return {*this, tap(number, box[0], box[2], cells)}; }
+};
 
 // Calls `visit` with each place, counted down the picture's columns, where the mask's pixels change, in rising order.
-template <typename visit_t>
+// The column lies in the mask's window.
+template <typename mask_t, typename visit_t>
 DSG_DEVICE void walk_column(
-    const float* mask, int cells, const MaskWindow& window, int64_t column, int64_t height, float threshold,
-    const visit_t& visit) {
-  const int side = cells + 2;
+    const mask_t& mask, int64_t number, int64_t height, float threshold, const visit_t& visit) {
+  const MaskWindow& window = mask.window;
   const bool touch = window.columns_touch(height);
   bool before = false;
-  if (touch && column > window.left) {
-    const MaskColumn last{mask, cells, mask_tap(column - 1 - window.box_left, window.box_width, side)};
-    const MaskTap y = mask_tap(height - 1 - window.box_top, window.box_height, side);
-    before = mask_value(y, last.across(y.low), last.across(y.high)) >= threshold;
+  if (touch && number > window.left) {
+    auto last = mask.column(number - 1);
+    before = last.value(height - 1) >= threshold;
   }
-  const MaskColumn own{mask, cells, mask_tap(column - window.box_left, window.box_width, side)};
-  int known = -1;  // `low` and `high` are those of this row of cells
-  float low = 0.0f, high = 0.0f;
+  auto own = mask.column(number);
   for (int64_t row = window.top; row < window.bottom; ++row) {
-    const MaskTap y = mask_tap(row - window.box_top, window.box_height, side);
-    if (y.low != known) {
-      known = y.low;
-      low = own.across(y.low);
-      high = own.across(y.high);
-    }
-    const bool set = mask_value(y, low, high) >= threshold;
+    const bool set = own.value(row) >= threshold;
     if (set != before) {
-      visit(column * height + row);
+      visit(number * height + row);
       before = set;
     }
   }
-  if (before && !(touch && column + 1 < window.right)) {
-    visit(column * height + window.bottom);
+  if (before && !(touch && number + 1 < window.right)) {
+    visit(number * height + window.bottom);
   }
 }
 

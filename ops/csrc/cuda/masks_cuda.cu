@@ -22,36 +22,38 @@ struct Masks {
   const int64_t* sizes;  // [N, 2]: (H, W) of each one's picture
   int64_t count, columns;
   int cells;  // m
-  float growth, threshold;
+  float threshold;
 };
 
 // Calls `visit` with each change in the column that `item` stands for.
-template <typename visit_t>
+template <typename mask_t, typename visit_t>
 __device__ __forceinline__ void walk_item(const Masks& masks, int64_t item, const visit_t& visit) {
   const int64_t number = item / masks.columns, column = item % masks.columns;
   const int64_t height = masks.sizes[number * 2], width = masks.sizes[number * 2 + 1];
-  const MaskWindow window = mask_window(masks.boxes + number * 4, masks.growth, height, width);
-  if (!window.empty() && column >= window.left && column < window.right) {
-    const float* mask = masks.probs + number * masks.cells * masks.cells;
-    walk_column(mask, masks.cells, window, column, height, masks.threshold, visit);
+  const float* probs = masks.probs + number * masks.cells * masks.cells;
+  const mask_t mask(probs, masks.cells, masks.boxes + number * 4, height, width);
+  if (!mask.window.empty() && column >= mask.window.left && column < mask.window.right) {
+    walk_column(mask, column, height, masks.threshold, visit);
   }
 }
 
+template <typename mask_t>
 __global__ void __launch_bounds__(kThreads) count_kernel(const Masks masks, int32_t* __restrict__ counts) {
   for (int64_t item = blockIdx.x * int64_t{kThreads} + threadIdx.x; item < masks.count * masks.columns;
        item += gridDim.x * int64_t{kThreads}) {
     int32_t found = 0;
-    walk_item(masks, item, [&](int64_t) { ++found; });
+    walk_item<mask_t>(masks, item, [&](int64_t) { ++found; });
     counts[item] = found;
   }
 }
 
+template <typename mask_t>
 __global__ void __launch_bounds__(kThreads) change_kernel(
     const Masks masks, const int64_t* __restrict__ ends, int32_t* __restrict__ changes) {
   for (int64_t item = blockIdx.x * int64_t{kThreads} + threadIdx.x; item < masks.count * masks.columns;
        item += gridDim.x * int64_t{kThreads}) {
     int32_t* target = changes + (item == 0 ? 0 : ends[item - 1]);
-    walk_item(masks, item, [&](int64_t place) { *target++ = static_cast<int32_t>(place); });
+    walk_item<mask_t>(masks, item, [&](int64_t place) { *target++ = static_cast<int32_t>(place); });
   }
 }
 
@@ -123,7 +125,6 @@ Masks make_masks(const Tensor& probs, const Tensor& boxes, const Tensor& sizes, 
       probs.size(2) == cells && cells > 0 && boxes.size(0) == count && boxes.size(1) == 4 && sizes.size(0) == count &&
           sizes.size(1) == 2,
       "dsg: probs must be [N, m, m], boxes [N, 4] and sizes [N, 2]");
-  const double growth = static_cast<double>(cells + 2) / static_cast<double>(cells);
   return {
       static_cast<const float*>(probs.const_data_ptr()),
       static_cast<const float*>(boxes.const_data_ptr()),
@@ -131,18 +132,18 @@ Masks make_masks(const Tensor& probs, const Tensor& boxes, const Tensor& sizes, 
       count,
       columns,
       static_cast<int>(cells),
-      static_cast<float>(growth),
       static_cast<float>(threshold)};
 }
 
 // int32 [N, columns]: how often each column changes.
 Tensor mask_change_counts(
-    const Tensor& probs, const Tensor& boxes, const Tensor& sizes, int64_t columns, double threshold) {
+    const Tensor& probs, const Tensor& boxes, const Tensor& sizes, int64_t columns, double threshold, bool on_grid) {
   const Masks masks = make_masks(probs, boxes, sizes, columns, threshold);
   const DeviceGuard guard(probs.get_device_index());
   const Tensor counts = torch::stable::new_empty(probs, {masks.count, columns}, ScalarType::Int);
   if (counts.numel() > 0) {
-    count_kernel<<<blocks_for(counts.numel()), kThreads, 0, current_stream(probs)>>>(
+    const auto kernel = on_grid ? count_kernel<GridMask> : count_kernel<BoxMask>;
+    kernel<<<blocks_for(counts.numel()), kThreads, 0, current_stream(probs)>>>(
         masks, static_cast<int32_t*>(counts.mutable_data_ptr()));
     check_launch("the count of a mask's changes");
   }
@@ -152,14 +153,15 @@ Tensor mask_change_counts(
 // int32 [total]: where the pixels change, mask after mask. ends int64 [N * columns]: running sums of the counts.
 Tensor mask_changes(
     const Tensor& probs, const Tensor& boxes, const Tensor& sizes, int64_t columns, double threshold,
-    const Tensor& ends, int64_t total) {
+    bool on_grid, const Tensor& ends, int64_t total) {
   const Masks masks = make_masks(probs, boxes, sizes, columns, threshold);
   check(ends, "ends", ScalarType::Long, 1, probs);
   STD_TORCH_CHECK(ends.size(0) == masks.count * columns, "dsg: ends must have an entry for each column");
   const DeviceGuard guard(probs.get_device_index());
   const Tensor changes = torch::stable::new_empty(probs, {total}, ScalarType::Int);
   if (total > 0) {
-    change_kernel<<<blocks_for(ends.numel()), kThreads, 0, current_stream(probs)>>>(
+    const auto kernel = on_grid ? change_kernel<GridMask> : change_kernel<BoxMask>;
+    kernel<<<blocks_for(ends.numel()), kThreads, 0, current_stream(probs)>>>(
         masks, static_cast<const int64_t*>(ends.const_data_ptr()), static_cast<int32_t*>(changes.mutable_data_ptr()));
     check_launch("the list of a mask's changes");
   }
@@ -210,10 +212,12 @@ Tensor rle_text(
 
 // Defined here and nowhere else: what runs without CUDA has masks of its own, see `ops/masks.py`.
 STABLE_TORCH_LIBRARY_FRAGMENT(dsg, library) {
-  library.def("mask_change_counts(Tensor probs, Tensor boxes, Tensor sizes, int columns, float threshold) -> Tensor");
   library.def(
-      "mask_changes(Tensor probs, Tensor boxes, Tensor sizes, int columns, float threshold, Tensor ends, int total) "
+      "mask_change_counts(Tensor probs, Tensor boxes, Tensor sizes, int columns, float threshold, bool on_grid) "
       "-> Tensor");
+  library.def(
+      "mask_changes(Tensor probs, Tensor boxes, Tensor sizes, int columns, float threshold, bool on_grid, Tensor ends, "
+      "int total) -> Tensor");
   library.def("rle_lengths(Tensor changes, Tensor ends, Tensor sizes) -> Tensor");
   library.def("rle_text(Tensor changes, Tensor ends, Tensor sizes, Tensor text_ends, int characters) -> Tensor");
 }
