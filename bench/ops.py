@@ -10,7 +10,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from dsg.bench.report import Row, time_row
 from dsg.bench.timing import compare
@@ -48,7 +48,10 @@ def run(device: torch.device, repeats: int, on_case: Callable[[str], None] = lam
         on_case: told each case before it is measured.
     """
     rows = []
-    for case, ours, theirs in [*_pooling_cases(device), *_mask_cases(device)]:
+    cases = [*_pooling_cases(device), *_mask_cases(device), _paste_case(device)]
+    if device.type == "cuda":
+        cases += _batch_cases(device)
+    for case, ours, theirs in cases:
         on_case(case)
         rows.append(time_row(case, *compare(ours, theirs, device, repeats)))
     return rows
@@ -103,6 +106,37 @@ def _finish(levels: list[Tensor], pooled: Tensor) -> None:
         torch.autograd.grad(pooled, levels, torch.ones_like(pooled))
 
 
+def _batch_cases(device: torch.device) -> Iterator[_Case]:
+    """A batch as a network sees it, against torchvision's plain `roi_align` with the RoIs split by level beforehand."""
+    pictures, rois, channels, side = 8, 1000, 256, 7
+    boxes = torch.cat([_boxes(rois, _IMAGE) for _ in range(pictures)]).to(device)  # [R, 4]
+    numbers = torch.arange(pictures, device=device).repeat_interleave(rois)[:, None].float()
+    all_rois = torch.cat((numbers, boxes), dim=1)  # [R, 5]
+    extent = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt()  # [R]
+    level_of = (4 + torch.log2(extent / 224 + 1e-6)).floor().clamp(2, 5) - 2  # [R]
+    prob = torch.rand(len(all_rois), 28, 28, device=device)
+    scales = [1 / stride for stride in _STRIDES]
+    for dtype in _DTYPES["cuda"]:
+        shapes = [(pictures, channels, _IMAGE[0] // s, _IMAGE[1] // s) for s in _STRIDES]
+        plain = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+        own = [level.contiguous(memory_format=torch.channels_last) for level in plain]
+        split = [all_rois[level_of == number].to(dtype) for number in range(len(scales))]
+        for backward in (False, True):
+            theirs = [level.detach().requires_grad_(backward) for level in plain]
+            ours = [level.detach().requires_grad_(backward) for level in own]
+
+            def pool_ours(levels: list[Tensor] = ours) -> None:
+                _finish(levels, multiscale_sg_roi_align(levels, all_rois, prob, side, scales))
+
+            def pool_theirs(levels: list[Tensor] = theirs, split: list[Tensor] = split) -> None:
+                for level, mine, scale in zip(levels, split, scales, strict=True):
+                    _finish([level], roi_align(level, mine, side, scale, sampling_ratio=2, aligned=True))
+
+            how = f"{str(dtype).removeprefix('torch.')}, forward{' and backward' if backward else ''}"
+            case = f"SgRoIAlign, {pictures} pictures of {rois} RoIs, {channels} channels, {how}"
+            yield f"{case}; baseline torchvision roi_align of RoIs split by level", pool_ours, pool_theirs
+
+
 def _mask_cases(device: torch.device) -> Iterator[_Case]:
     """100 box masks of one photo to COCO run lengths, against pasting and encoding full-size masks."""
     boxes = _boxes(100, _PHOTO).to(device)
@@ -114,6 +148,16 @@ def _mask_cases(device: torch.device) -> Iterator[_Case]:
 
     case = "encode_masks, 100 masks in a photo of 480x640; baseline torchvision paste and pycocotools encode"
     yield case, lambda: encode_masks(probs, boxes, _PHOTO), theirs
+
+
+def _paste_case(device: torch.device) -> _Case:
+    """100 masks of a picture of 800x1333 to run lengths, against torchvision's pasting without any encoding."""
+    size = (800, 1333)
+    axis = torch.linspace(-1, 1, 28)
+    disc = torch.sigmoid((0.8 - (axis[:, None] ** 2 + axis**2).sqrt()) * 10)  # [28, 28]
+    boxes, probs = _boxes(100, size).to(device), disc.expand(100, 28, 28).contiguous().to(device)
+    case = "encode_masks, 100 masks in a picture of 800x1333; baseline torchvision's pasting alone"
+    return case, lambda: encode_masks(probs, boxes, size), lambda: paste_masks_in_image(probs[:, None], boxes, size)
 
 
 def _boxes(count: int, size: tuple[int, int]) -> Tensor:

@@ -101,6 +101,25 @@ def model(
         typer.echo(f"{row.value:10.2f} {row.unit}  x{row.ratio:<6} {row.case}")
 
 
+def detector(
+    out: Annotated[Path, typer.Option(help="JSON file to write; its stem is the name.", show_default=False)],
+    batch: Annotated[list[int] | None, typer.Option(help="Pictures in a batch; may be given again.", min=1)] = None,
+    repeats: Annotated[int, typer.Option(help="Measurements of each case; the median counts.", min=1)] = 20,
+    device: DeviceOption = None,
+) -> None:
+    """Mask R-CNN and DSG on ResNet-50, from arrays of 800x1333 to run lengths, beside torchvision's Mask R-CNN."""
+    from dsg.bench import report
+    from dsg.bench.detector import run
+    from dsg.model.network.eager import present_device
+
+    chosen = present_device(device)
+    report.commit()  # an unknown commit should show before the measuring, not after
+    rows = run(chosen, batch or [1, 16], repeats, on_case=lambda case: typer.echo(case, err=True))
+    report.write(out, rows, chosen)
+    for row in rows:
+        typer.echo(f"{row.value:10.2f} {row.unit}  baseline {row.baseline:10.2f}  x{row.ratio:<6} {row.case}")
+
+
 def systems(
     data: Annotated[
         list[Path], typer.Option(metavar="FILE", help="Annotations to train on; repeat to join.", show_default=False)

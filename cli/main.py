@@ -30,6 +30,7 @@ bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measu
 bench_app.command("ops")(bench.ops)
 bench_app.command("service")(bench.service)
 bench_app.command("model")(bench.model)
+bench_app.command("detector")(bench.detector)
 bench_app.command("systems")(bench.systems)
 app.add_typer(bench_app, name="bench")
 
