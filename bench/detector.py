@@ -1,6 +1,7 @@
-"""The whole way of a picture, from its array to COCO run lengths, beside torchvision's Mask R-CNN to its full-size masks.
+"""The whole way of a picture, from its array to COCO run lengths, beside torchvision's Mask R-CNN to its masks.
 
-All networks here are ResNet-50 with the same random weights, scaled to give as many detections as may be: Mask R-CNN imported from torchvision, and DSG that starts from it with guidance at its full strength.
+All networks here are ResNet-50 with the same random weights, scaled to give as many detections as may be: Mask R-CNN
+imported from torchvision, and DSG that starts from it, with guidance at its full strength.
 """
 
 import statistics

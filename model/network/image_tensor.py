@@ -58,6 +58,6 @@ def resize(pixels: Tensor, how: Resize) -> Tensor:
     if pixels.dtype == torch.uint8 and not how.antialias:
         pixels = pixels.float() / 255
     if size == (height, width):
-        return pixels.contiguous()
+        return pixels  # as it lies: turning it round is for the device that will read it
     scaled = functional.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=how.antialias)
     return scaled[0]
