@@ -213,7 +213,11 @@ class Fusion(nn.Module):
             added = self.conv(mask_features)
         height, width = features.shape[-2:]
         if added.shape[-2:] != (height, width):
-            added = functional.adaptive_avg_pool2d(added, (height, width))  # [R, C, P, P]
+            step = added.shape[-1] // width
+            if (step * height, step * width) == tuple(added.shape[-2:]):
+                added = functional.avg_pool2d(added, step)  # the same, and many times quicker there and back
+            else:
+                added = functional.adaptive_avg_pool2d(added, (height, width))  # [R, C, P, P]
         return features + added
 
 
