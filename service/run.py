@@ -4,17 +4,17 @@ import asyncio
 import contextlib
 import socket
 import time
-import warnings
 from collections.abc import Callable
 from types import FrameType
 
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from PIL import Image
 
 from dsg.service.app import create_app
+from dsg.service.decode import guard_decoding
 from dsg.service.devices import LoadPredictor
+from dsg.service.listen import ServiceError, listen
 from dsg.service.logs import configure_log
 from dsg.service.models import kernel_in_use, load_predictor
 from dsg.service.protocol import bounded_protocol
@@ -25,24 +25,23 @@ _log = structlog.get_logger("dsg.service")
 _BACKLOG = 2048
 
 
-class ServiceError(ValueError):
-    """The server cannot start: one line that says why and what to do."""
-
-
 def serve(settings: Settings, load_predictor: LoadPredictor = load_predictor) -> None:
     """Serve until SIGTERM or SIGINT; then finish what is in flight, within `settings.drain_ms`, and return.
 
     A second signal ends it at once.
 
     Raises:
-        ServiceError: the port is taken, or a model does not load.
+        ServiceError: the port is taken, a model does not load, or there is no Ray where its engine is asked for.
     """
     configure_log()
-    # What is wrong with a picture is told to its sender; warnings on the console would help no one.
-    warnings.filterwarnings("ignore", module="PIL")
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    if settings.engine == "ray":
+        from dsg.service.ray_engine import serve_on_ray
+
+        serve_on_ray(settings, load_predictor)
+        return
+    guard_decoding()
     _allow_many_files()
-    listener = _listen(settings.host, settings.port)
+    listener = listen(settings.host, settings.port)
     try:
         try:
             app = create_app(settings, load_predictor)
@@ -118,23 +117,6 @@ class _Server(uvicorn.Server):
             self._give_up_at = time.monotonic() + self._service.settings.drain_ms / 1000
             _log.info("draining", requests=self._service.active)
         return self._service.active == 0 or time.monotonic() >= self._give_up_at
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Take the port before the model is loaded: a port that is taken should show at once."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ServiceError(f"cannot listen on {host}: {error.strerror}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise ServiceError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
-    return listener
 
 
 def _one_core_a_thread() -> None:
