@@ -82,4 +82,5 @@ def build(path: Path, version: str, names: list[str]) -> None:
         subprocess.run([*command, "-o", str(path)], cwd=scratch, check=True)
 
 
-main(sys.argv[1])
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -18,4 +18,5 @@ def main(pyproject: str, *extras: str) -> None:
         Path(f"{extra}.txt").write_text("\n".join([*needs, *own]) + "\n", encoding="utf-8")
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -23,6 +23,7 @@ FILES = {
     "setup.py",
     "docker-compose.yml",
     ".dockerignore",
+    ".env",
     ".gitattributes",
     ".gitignore",
 }
