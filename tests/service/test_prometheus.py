@@ -71,13 +71,13 @@ def scraping(server: Server, programs: Path, folder: Path) -> Iterator[Prometheu
         f"--web.listen-address=127.0.0.1:{port}",
     ]
     with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        found = Prometheus(f"http://127.0.0.1:{port}")
         try:
-            found = Prometheus(f"http://127.0.0.1:{port}")
             with httpx.Client(transport=httpx.HTTPTransport(retries=20), timeout=_PATIENCE_S) as client:
                 client.get(f"http://127.0.0.1:{port}/-/healthy")
             yield found
-            found.client.close()
         finally:
+            found.client.close()
             process.terminate()
             process.wait(_PATIENCE_S)
 
