@@ -74,7 +74,8 @@ def scraping(server: Server, programs: Path, folder: Path) -> Iterator[Prometheu
         found = Prometheus(f"http://127.0.0.1:{port}")
         try:
             with httpx.Client(transport=httpx.HTTPTransport(retries=20), timeout=_PATIENCE_S) as client:
-                client.get(f"http://127.0.0.1:{port}/-/healthy")
+                while client.get(f"http://127.0.0.1:{port}/-/ready").status_code != 200:
+                    pass
             yield found
         finally:
             found.client.close()
