@@ -8,8 +8,9 @@ as with the engine of our own. Ray spreads requests over the replicas, starts th
 import contextlib
 import logging
 import os
+import re
 import signal
-import sys
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from dsg.service.settings import Settings
 _log = structlog.get_logger("dsg.service")
 _APPLICATION = "dsg"
 _LOOK_S = 5.0  # between two looks at whether Ray is still there
+_CONNECT_S = 5.0
 _MORE_S = 10.0  # that Ray's proxy allows a request beyond the service's own bounds
 
 
@@ -50,9 +52,9 @@ def serve_on_ray(settings: Settings, load_predictor: LoadPredictor) -> None:
         least, most, gpus, cpus = _share(settings, resources)
         limits = settings.deadline_ms + settings.body_timeout_ms
         options = {"host": settings.host, "port": settings.port, "request_timeout_s": limits / 1000 + _MORE_S}
-        serve.start(proxy_location="EveryNode", http_options=options, logging_config={"log_level": "WARNING"})
         application = deployment(settings, load_predictor, least=least, most=most, gpus=gpus, cpus=cpus)
         try:
+            serve.start(proxy_location="EveryNode", http_options=options, logging_config={"log_level": "WARNING"})
             _start(serve, application, stopped)
             if not stopped.is_set():
                 url = f"http://{settings.host}:{settings.port}"
@@ -63,6 +65,8 @@ def serve_on_ray(settings: Settings, load_predictor: LoadPredictor) -> None:
             while not stopped.wait(_LOOK_S):
                 _look(serve)
             _log.info("draining")
+        except ray.exceptions.RayError as error:
+            raise ServiceError(f"Ray cannot start the service: {str(error).strip().splitlines()[-1]}") from error
         finally:
             _end(serve, settings)
 
@@ -80,8 +84,10 @@ def _ray(settings: Settings) -> Iterator[Any]:
     # Ray hands these down to its proxies and replicas.
     ours = {name: value for name, value in os.environ.items() if name.startswith(("DSG_", "OTEL_"))}
     ours["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = IMPORT_PATH
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray's makers are told nothing unless someone wants it
     ours |= {f"DSG_{name.upper()}": str(getattr(settings, name)) for name in ("max_bytes", "body_timeout_ms")}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it does, our own lines say
+    _check_address(settings.ray_address)
     try:
         ray.init(
             address=settings.ray_address or "local",
@@ -90,13 +96,26 @@ def _ray(settings: Settings) -> Iterator[Any]:
             log_to_driver=False,
             logging_level="ERROR",
         )
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        where = settings.ray_address or "here"
-        raise ServiceError(f"no Ray at {where}: {str(error).partition(chr(10))[0]}") from error
+    except (ConnectionError, ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
+        if settings.ray_address is None:
+            raise ServiceError(f"Ray does not start here: {str(error).partition(chr(10))[0]}") from error
+        token = "a cluster that asks for a token wants RAY_AUTH_MODE=token and the token in ~/.ray/auth_token"
+        raise ServiceError(f"no Ray at {settings.ray_address}: {str(error).partition(chr(10))[0]}; {token}") from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str | None) -> None:
+    """Raise where nothing listens at an address that names a host and a port: Ray would try for minutes."""
+    named = re.fullmatch(r"(?:ray://)?([^:/]+|\[[^]]+\]):(\d+)", address or "")
+    if named is None:
+        return
+    try:
+        socket.create_connection((named[1].strip("[]"), int(named[2])), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise ServiceError(f"no Ray at {address}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
@@ -161,9 +180,8 @@ def _look(serve: Any) -> None:
 
 
 def _end(serve: Any, settings: Settings) -> None:
-    """Let the replicas finish, and remove them; of a cluster nothing else."""
+    """Let the replicas finish, and remove them; of a cluster nothing that others use."""
     with contextlib.suppress(Exception):  # Ray may be gone
         serve.delete(_APPLICATION)
-        if settings.ray_address is None:
+        if settings.ray_address is not None and not serve.status().applications:
             serve.shutdown()
-    sys.stderr.flush()
