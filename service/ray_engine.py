@@ -94,7 +94,7 @@ def _ray(settings: Settings) -> Iterator[Any]:
             include_dashboard=False if settings.ray_address is None else None,
             runtime_env={"env_vars": ours},
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
     except (ConnectionError, ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
         if settings.ray_address is None:

@@ -24,7 +24,7 @@ _RAYS_OWN = re.compile(r"/-/")  # Ray's probes and routes
 
 def middlewares() -> list[Middleware]:
     """What Ray puts around its proxies."""
-    settings = Settings()
+    settings = Settings()  # type: ignore[call-arg]  # they come from the environment
     return [Middleware(ProxyAnswers, max_bytes=settings.max_bytes, body_timeout_s=settings.body_timeout_ms / 1000)]
 
 

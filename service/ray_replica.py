@@ -13,6 +13,7 @@ from dsg.service.decode import guard_decoding
 from dsg.service.devices import LoadPredictor
 from dsg.service.logs import configure_log
 from dsg.service.problems import Problem
+from dsg.service.process import allow_many_files, one_core_a_thread
 from dsg.service.settings import Settings
 from dsg.service.state import Service
 
@@ -26,11 +27,16 @@ class Replica:
         load_predictor: as `create_app` takes it; a function that can be imported where the replica runs.
     """
 
-    async def __init__(self, settings: Settings, load_predictor: LoadPredictor) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray awaits it, on the loop that the requests run on
+        self, settings: Settings, load_predictor: LoadPredictor
+    ) -> None:
         configure_log()
         guard_decoding()
+        allow_many_files()
         self._app = create_app(settings, load_predictor)
         self._service: Service = self._app.state.service
+        if self._service.has_workers:
+            one_core_a_thread()
         peers = ray_board.BoardPeers(
             serve.get_replica_context().replica_id.unique_id,
             lambda: serve.get_deployment_actor(ray_board.NAME),
@@ -101,7 +107,7 @@ def deployment(
         # As many requests as a batch takes keep a replica busy; more of them wait for another one.
         limits = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": settings.max_batch}
         scale = {"autoscaling_config": limits}
-    configured = serve.deployment(
+    configured: Any = serve.deployment(
         Replica,
         name="segment",
         ray_actor_options={"num_gpus": gpus, "num_cpus": cpus},

@@ -1,7 +1,6 @@
 """One server process: a port, a log, the application, and an orderly end."""
 
 import asyncio
-import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from dsg.service.devices import LoadPredictor
 from dsg.service.listen import ServiceError, listen
 from dsg.service.logs import configure_log
 from dsg.service.models import kernel_in_use, load_predictor
+from dsg.service.process import allow_many_files, one_core_a_thread
 from dsg.service.protocol import bounded_protocol
 from dsg.service.settings import Settings
 from dsg.service.state import Service
@@ -40,7 +40,7 @@ def serve(settings: Settings, load_predictor: LoadPredictor = load_predictor) ->
         serve_on_ray(settings, load_predictor)
         return
     guard_decoding()
-    _allow_many_files()
+    allow_many_files()
     listener = listen(settings.host, settings.port)
     try:
         try:
@@ -70,7 +70,7 @@ async def _serve(app: FastAPI, listener: socket.socket) -> None:
         timeout_graceful_shutdown=1,
     )
     if service.has_workers:
-        _one_core_a_thread()
+        one_core_a_thread()
     server = _Server(config, service)
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -117,26 +117,6 @@ class _Server(uvicorn.Server):
             self._give_up_at = time.monotonic() + self._service.settings.drain_ms / 1000
             _log.info("draining", requests=self._service.active)
         return self._service.active == 0 or time.monotonic() >= self._give_up_at
-
-
-def _one_core_a_thread() -> None:
-    """Torch would resize each picture on all cores, and there are as many pictures as threads."""
-    try:
-        import torch
-    except ImportError:  # an exported model runs without it
-        return
-    torch.set_num_threads(1)
-
-
-def _allow_many_files() -> None:
-    """As many descriptors as this process may have: each connection is one, and each picture on its way to a worker."""
-    try:
-        import resource
-    except ImportError:  # not made for Windows
-        return
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

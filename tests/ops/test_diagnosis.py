@@ -141,3 +141,9 @@ def test_no_driver_and_a_broken_one_are_none(driver: Any, tmp_path: Path, monkey
     broken.unlink()
     driver(12040)
     assert diagnosis.driver_cuda() == (12, 4)
+
+
+@pytest.mark.gpu
+def test_the_gpu_of_this_machine_will_do() -> None:
+    assert diagnosis.driver_cuda() is not None and diagnosis.gpu_problem() is None
+    assert present_device(None).type == "cuda"

@@ -76,7 +76,7 @@ def on_ray(environment: dict[str, str] | None = None, **settings: Any) -> Iterat
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]  # replicas find the fakes of the tests by this path
     environment = {"PYTHONPATH": str(Path(__file__).parent), **(environment or {})}
-    with server_process(environment, engine="ray", replicas="2", port=port, **settings) as running:
+    with server_process(environment, **{"engine": "ray", "replicas": "2", "port": port, **settings}) as running:
         server = RayServer(running)
         try:
             yield server
