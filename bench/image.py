@@ -183,7 +183,11 @@ def run(folder: Path, target: str) -> tuple[list[Row], float]:
             build(shop, context, target)
         aim = f"the aim of {_AIM_S[target] // 60} minutes"
         rows = [_row(f"all steps but the last; baseline: {aim}", whole_s, "s", _AIM_S[target])]
-        rows += [_row(f"{name}; baseline: all steps", seconds, "s", whole_s) for name, seconds in shop.seconds.items()]
+        rows += [
+            _row(f"{name}; baseline: all steps", seconds, "s", whole_s)
+            for name, seconds in shop.seconds.items()
+            if seconds
+        ]
         rows += [_row(f"{name}; baseline: all steps", seconds, "s", whole_s) for name, seconds in took.items()]
         size = size_gb(shop)
         rows.append(_row(f"size of the {target} image; baseline: the aim", size, "GB", _AIM_GB[target]))

@@ -7,6 +7,7 @@ as with the engine of our own. Ray spreads requests over the replicas, starts th
 
 import contextlib
 import logging
+import math
 import os
 import re
 import signal
@@ -26,7 +27,9 @@ from dsg.service.settings import Settings
 
 _log = structlog.get_logger("dsg.service")
 _APPLICATION = "dsg"
+_FOR_REPLICAS = ("DSG_TRUST_CODE", "DSG_OPS", "DSG_DEBUG")  # variables that are no settings of the service
 _LOOK_S = 5.0  # between two looks at whether Ray is still there
+_PATIENCE_S = 30.0  # until it is said that replicas are waited for: a cluster may have no GPU free
 _CONNECT_S = 5.0
 _MORE_S = 10.0  # that Ray's proxy allows a request beyond the service's own bounds
 
@@ -41,8 +44,7 @@ def serve_on_ray(settings: Settings, load_predictor: LoadPredictor) -> None:
         ServiceError: Ray is not installed or not there, the port is taken, a model does not load, Ray has ended.
     """
     began = time.monotonic()
-    if settings.ray_address is None:
-        listen(settings.host, settings.port).close()  # Ray would find out, and say so, much later
+    port = _port(settings)
     with _ray(settings) as ray, _signals() as stopped:
         from ray import serve
 
@@ -51,13 +53,13 @@ def serve_on_ray(settings: Settings, load_predictor: LoadPredictor) -> None:
         resources = ray.cluster_resources()
         least, most, gpus, cpus = _share(settings, resources)
         limits = settings.deadline_ms + settings.body_timeout_ms
-        options = {"host": settings.host, "port": settings.port, "request_timeout_s": limits / 1000 + _MORE_S}
+        options = {"host": settings.host, "port": port, "request_timeout_s": limits / 1000 + _MORE_S}
         application = deployment(settings, load_predictor, least=least, most=most, gpus=gpus, cpus=cpus)
         try:
             serve.start(proxy_location="EveryNode", http_options=options, logging_config={"log_level": "WARNING"})
             _start(serve, application, stopped)
             if not stopped.is_set():
-                url = f"http://{settings.host}:{settings.port}"
+                url = f"http://{settings.host}:{port}"
                 start_s = round(time.monotonic() - began, 1)
                 scale = f"{least}-{most}" if most > least else str(least)
                 models = ", ".join(settings.models)
@@ -81,11 +83,12 @@ def _ray(settings: Settings) -> Iterator[Any]:
         raise ServiceError("the engine ray needs Ray: pip install 'dsg[ray]'") from None
     from dsg.service.ray_proxy import IMPORT_PATH
 
-    # Ray hands these down to its proxies and replicas.
-    ours = {name: value for name, value in os.environ.items() if name.startswith(("DSG_", "OTEL_"))}
+    # Ray hands these down to its proxies and replicas, and shows them on its dashboard: no setting with a key is among
+    # them. Replicas are given all settings as they are.
+    ours = {name: value for name, value in os.environ.items() if name in _FOR_REPLICAS or name.startswith("OTEL_")}
+    ours |= {f"DSG_{name.upper()}": str(getattr(settings, name)) for name in ("max_bytes", "body_timeout_ms")}
     ours["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = IMPORT_PATH
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray's makers are told nothing unless someone wants it
-    ours |= {f"DSG_{name.upper()}": str(getattr(settings, name)) for name in ("max_bytes", "body_timeout_ms")}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it does, our own lines say
     _check_address(settings.ray_address)
     try:
@@ -105,6 +108,17 @@ def _ray(settings: Settings) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _port(settings: Settings) -> int:
+    """The port to serve on; one that is taken shows here, and not minutes later in Ray's log."""
+    if settings.ray_address is not None:
+        if settings.port == 0:
+            raise ServiceError("port 0 takes any port of this machine, and a cluster has several: name one")
+        return settings.port
+    with listen(settings.host, settings.port) as listener:
+        port: int = listener.getsockname()[1]
+    return port
 
 
 def _check_address(address: str | None) -> None:
@@ -138,10 +152,13 @@ def _signals() -> Iterator[threading.Event]:
 
 def _share(settings: Settings, resources: dict[str, float]) -> tuple[int, int, int, int]:
     """Least and most replicas, GPUs and CPUs of each."""
-    on_cpu = settings.device == "cpu" or not resources.get("GPU")
+    gpus = int(resources.get("GPU", 0))
+    on_cpu = settings.device == "cpu" or (settings.device is None and gpus == 0)
+    if not on_cpu and gpus == 0 and settings.ray_address is None:
+        raise ServiceError("device cuda is not there: Ray sees no GPU on this machine")
     least, most = settings.replica_range
     if settings.replicas is None and not on_cpu:
-        most = int(resources["GPU"])
+        most = max(1, gpus)
     # Of a machine without a GPU, all cores work for the network; beside a GPU one is enough to keep count of.
     cpus = max(1, int(resources.get("CPU", 1)) // most) if on_cpu else 1
     return least, most, 0 if on_cpu else 1, cpus
@@ -151,12 +168,17 @@ def _start(serve: Any, application: Any, stopped: threading.Event) -> None:
     """Deploy, and wait until the least number of replicas runs or someone stops it."""
     target = serve.RunTarget(application, name=_APPLICATION, route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False)
+    told_at = time.monotonic() + _PATIENCE_S
     while not stopped.wait(0.2):
         status = serve.status().applications[_APPLICATION]
         if status.status == "RUNNING":
             return
         if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise ServiceError(_reason(status))
+        if time.monotonic() > told_at:
+            told_at = math.inf
+            waiting = " ".join(one.message for one in status.deployments.values())
+            _log.warning("waiting", reason=waiting or "replicas have not started yet")
 
 
 def _reason(status: Any) -> str:

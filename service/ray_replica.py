@@ -58,7 +58,10 @@ class Replica:
 
     async def check_health(self) -> None:
         """Raise where this process must be replaced."""
-        self._service.check_healthy()
+        try:
+            self._service.check_healthy()
+        except Problem as problem:  # as what every process can read
+            raise RuntimeError(problem.detail) from None
 
 
 REASON = "cannot load: "

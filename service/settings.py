@@ -177,6 +177,8 @@ class Settings(BaseSettings):
             raise ValueError("ray_address and replicas are for the engine ray; set engine to ray, or leave them out")
         if self.engine == "ray" and self.devices is not None:
             raise ValueError("devices is for the engine own; with ray each replica has one, and replicas says how many")
+        if self.engine == "ray" and (self.device or "").startswith("cuda:"):
+            raise ValueError(f"device is {self.device}, and with ray each replica sees one GPU alone: say cuda")
         if self.replicas is not None and self.replica_range[0] > self.replica_range[1]:
             raise ValueError(f"replicas is {self.replicas}: the least comes first")
         return self

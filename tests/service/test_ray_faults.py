@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from ray_process import NEEDS_RAY, RayServer, descendants, on_ray, title
-from service_fakes import HELD, LETHAL, RELOAD_KEY, encoded, faulty_picture, picture
+from service_fakes import HELD, LETHAL, RELOAD_KEY, STICKY, encoded, faulty_picture, picture
 
 pytestmark = NEEDS_RAY
 
@@ -82,6 +82,17 @@ def test_a_request_on_a_replica_that_dies_is_told_to_come_again(server: RayServe
     assert response.json()["reason"] == "replica_lost"
     assert server.post(GOOD).status_code == 200  # the other one
     await_replicas(server, next(iter(before - set(server.replicas())), None))
+
+
+def test_a_replica_whose_device_is_lost_is_replaced(server: RayServer) -> None:
+    before = set(server.replicas())
+    response = server.post(faulty_picture(STICKY))
+    check_hint(response)
+    assert response.json()["reason"] == "unhealthy"
+    while len(before & set(server.replicas())) == 2:
+        assert server.client.get("/-/healthz").status_code == 200
+    await_replicas(server, next(iter(before - set(server.replicas()))))
+    assert {server.post(GOOD).status_code for _ in range(4)} == {200}
 
 
 def test_a_reload_reaches_every_replica(server: RayServer, folder: Path) -> None:

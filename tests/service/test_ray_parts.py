@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dsg.service.listen import ServiceError
 from dsg.service.peers import merged
-from dsg.service.ray_engine import _share, serve_on_ray
+from dsg.service.ray_engine import _port, _share, serve_on_ray
 from dsg.service.ray_proxy import ProxyAnswers
 from dsg.service.settings import Settings
 
@@ -146,6 +146,7 @@ def test_a_body_that_is_too_large_ends_at_the_proxy(
         ({"replicas": "2"}, "engine ray"),
         ({"ray_address": "auto"}, "engine ray"),
         ({"engine": "ray", "devices": "all"}, "devices is for the engine own"),
+        ({"engine": "ray", "device": "cuda:1"}, "say cuda"),
         ({"engine": "ray", "replicas": "3-2"}, "the least comes first"),
         ({"engine": "ray", "replicas": "0"}, "replicas"),
         ({"engine": "ray", "replicas": "many"}, "replicas"),
@@ -166,10 +167,29 @@ def test_settings_that_do_not_go_together(values: dict[str, str], said: str) -> 
         ({"replicas": "2"}, {"CPU": 2}, (2, 2, 0, 1)),
         ({"replicas": "1-3"}, {"CPU": 2}, (1, 3, 0, 1)),
         ({"device": "cpu"}, {"CPU": 8, "GPU": 2}, (1, 1, 0, 8)),
+        ({"device": "cuda", "ray_address": "auto", "replicas": "1-4"}, {"CPU": 8}, (1, 4, 1, 1)),  # it may get GPUs
     ],
 )
 def test_replicas_and_their_share(values: dict[str, str], resources: dict[str, float], share: tuple[int, ...]) -> None:
     assert _share(Settings(engine="ray", **values), resources) == share
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"device": "cuda"}, "Ray sees no GPU on this machine"),
+        ({"port": 0, "ray_address": "auto"}, "a cluster has several: name one"),
+    ],
+)
+def test_what_cannot_be_is_one_line(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ServiceError, match=said):
+        settings = Settings(engine="ray", **values)
+        _port(settings)
+        _share(settings, {"CPU": 2})
+
+
+def test_any_free_port_is_known_before_ray_starts() -> None:
+    assert _port(Settings(engine="ray", port=0)) > 0
 
 
 def test_without_ray_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
