@@ -1,26 +1,33 @@
-"""The tests of what /segment and its kin answer, against two replicas on Ray."""
+"""The tests of what the endpoints answer, of the client and of what operators set, against two replicas on Ray."""
 
 from collections.abc import Iterator
 
 import pytest
 import test_service_answers
+import test_service_client
+import test_service_operations
 from ray_process import NEEDS_RAY, RayServer, on_ray
 from shared_tests import shared_with
 
 pytestmark = NEEDS_RAY
 
-globals().update(
-    shared_with(
-        test_service_answers,
-        "server",
-        but=["test_metrics_count_what_was_asked"],  # there without the label that says which replica; below with it
-    )
-)
+# There without the label that says which replica; below with it.
+globals().update(shared_with(test_service_answers, "server", but=["test_metrics_count_what_was_asked"]))
+globals().update(shared_with(test_service_client, "server"))
+globals().update(shared_with(test_service_operations, "server"))
+globals().update(shared_with(test_service_operations, "guarded"))
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RayServer]:
     with on_ray() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[RayServer]:
+    keys = ", ".join(test_service_operations.KEYS)
+    with on_ray(api_keys=keys, cors_origins="https://example.org") as running:
         yield running
 
 

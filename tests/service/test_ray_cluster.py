@@ -4,7 +4,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -55,6 +57,29 @@ def test_the_application_joins_and_leaves_a_cluster(head: tuple[subprocess.Popen
             server.post(GOOD)
     assert cluster.poll() is None
     assert not [pid for pid in descendants(cluster.pid) if title(pid).startswith("ray::ServeReplica")]
+
+
+def test_replicas_follow_the_load() -> None:
+    with on_ray(replicas="1-2", max_batch=1) as server:
+        assert len(server.replicas()) == 1
+        stopping = threading.Event()
+
+        def ask() -> None:
+            with httpx.Client(base_url=server.base_url, timeout=60) as client:
+                while not stopping.is_set():
+                    response = client.post("/segment", content=GOOD, headers={"Content-Type": "image/png"})
+                    assert response.status_code == 200, response.text
+
+        with ThreadPoolExecutor(8) as pool:
+            clients = [pool.submit(ask) for _ in range(8)]
+            try:
+                while len(server.replicas()) < 2 and not any(client.done() for client in clients):
+                    assert server.client.get("/-/healthz").status_code == 200
+            finally:
+                stopping.set()
+            for client in clients:
+                client.result()
+        assert len(server.replicas()) == 2
 
 
 def dsg(*arguments: str) -> tuple[int, list[str]]:
