@@ -208,6 +208,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=_ROOT / "build/image", help="folder, removed at the end")
     given = parser.parse_args()
     report.commit()  # an unknown commit should show before the building, not after
+    if not (_ROOT / "docker/Dockerfile").is_file():
+        sys.exit("image-test builds from a checkout: run it in one")
     if os.geteuid() != 0:
         sys.exit("image-test unpacks a Debian and mounts layers: run it as root")
     try:

@@ -281,7 +281,7 @@ def check(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "command",
     [
-        "hadolint --config docker/hadolint.yaml docker/Dockerfile",
+        "hadolint docker/Dockerfile",
         "check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml",
         "kubernetes-validate --strict docker/kubernetes.yaml",
     ],

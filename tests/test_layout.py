@@ -24,6 +24,7 @@ FILES = {
     "docker-compose.yml",
     ".dockerignore",
     ".env",
+    ".hadolint.yaml",
     ".gitattributes",
     ".gitignore",
 }
