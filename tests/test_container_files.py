@@ -205,6 +205,15 @@ def test_a_gpu_is_reserved_where_one_is_used() -> None:
     assert gpu == cpu
 
 
+def test_own_images_are_built_and_others_are_pinned() -> None:
+    for name, service in COMPOSE["services"].items():
+        image, _, tag = service["image"].rpartition(":")
+        if image == "dsg":
+            assert service["build"] == {"context": ".", "dockerfile": "docker/Dockerfile", "target": tag}, name
+        else:
+            assert "build" not in service and re.fullmatch(r"v?\d+\.\d+\.\d+", tag), name
+
+
 def test_drain_ends_before_the_container_is_killed() -> None:
     (grace,) = re.findall(r"stop_grace_period: (\d+)s # above DSG_DRAIN_MS", COMPOSE_TEXT)
     assert int(grace) * 1000 > Settings().drain_ms
