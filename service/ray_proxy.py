@@ -7,6 +7,7 @@ none is there yet, all are busy. Ray says that in plain text, some of it with 50
 
 import asyncio
 import contextlib
+import os
 import re
 from typing import Any
 
@@ -24,8 +25,13 @@ _RAYS_OWN = re.compile(r"/-/")  # Ray's probes and routes
 
 def middlewares() -> list[Middleware]:
     """What Ray puts around its proxies."""
-    settings = Settings()  # type: ignore[call-arg]  # they come from the environment
-    return [Middleware(ProxyAnswers, max_bytes=settings.max_bytes, body_timeout_s=settings.body_timeout_ms / 1000)]
+    # These two alone: a setting that means something to `dsg serve` must not keep a proxy from starting.
+    max_bytes, body_timeout_ms = (_from_environment(name) for name in ("max_bytes", "body_timeout_ms"))
+    return [Middleware(ProxyAnswers, max_bytes=max_bytes, body_timeout_s=body_timeout_ms / 1000)]
+
+
+def _from_environment(name: str) -> int:
+    return int(os.environ.get(f"DSG_{name.upper()}") or Settings.model_fields[name].default)
 
 
 class ProxyAnswers:

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dsg.service.listen import ServiceError
 from dsg.service.peers import merged
 from dsg.service.ray_engine import _port, _share, serve_on_ray
-from dsg.service.ray_proxy import ProxyAnswers
+from dsg.service.ray_proxy import ProxyAnswers, middlewares
 from dsg.service.settings import Settings
 
 
@@ -62,6 +62,16 @@ class Exchange:
         self.headers = {name.decode().lower(): value.decode() for name, value in start["headers"]}
         assert len(start["headers"]) == len(self.headers), "a header twice"
         self.body = b"".join(message["body"] for message in rest)
+
+
+def test_a_proxy_takes_its_two_bounds_and_no_other_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    (plain,) = middlewares()
+    assert plain.kwargs == {"max_bytes": 32_000_000, "body_timeout_s": 30}
+    monkeypatch.setenv("DSG_MAX_BYTES", "1000")
+    monkeypatch.setenv("DSG_BODY_TIMEOUT_MS", "500")
+    monkeypatch.setenv("DSG_REPLICAS", "2")  # without DSG_ENGINE, as where that was an option of the command
+    (given,) = middlewares()
+    assert given.kwargs == {"max_bytes": 1000, "body_timeout_s": 0.5}
 
 
 def answering(status: int, kind: str, body: bytes, *more: tuple[bytes, bytes]) -> Any:
