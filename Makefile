@@ -44,7 +44,7 @@ KERNELS := setup.py $(shell find ops/csrc -type f 2>/dev/null)
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # one pip at a time in one .venv
 .PHONY: help setup ops serve train needs-data test test-all test-gpu export onnx-ops bench check typing wheel \
-  wheelhouse image clean
+  wheelhouse image image-test clean
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.12] [OPS=auto|off|cpu|cuda] [OFFLINE=1] [TORCH_INDEX=URL]"
@@ -64,7 +64,7 @@ train: needs-data $(STAMP)-train $(STAMP)-ops ## train (CONFIG=fast DATA=train.j
 test: $(STAMP)-test $(STAMP)-ops ## the checks that need no GPU, under 12 minutes on 2 cores (ARGS="-k name")
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(STAMP)-test $(STAMP)-ops ## the same and the long ones, under 45 minutes
+test-all: $(STAMP)-all $(STAMP)-ops ## the same and the long ones, under 45 minutes
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 test-gpu: $(STAMP)-test $(STAMP)-ops ## the checks that need a CUDA GPU
@@ -96,8 +96,11 @@ wheel: $(STAMP)-test ## sdist and wheel with kernels and weights, in dist/
 
 wheelhouse: $(WHEELHOUSE)/.stamp ## wheels for a GPU machine without network (Python 3.12), in .wheelhouse
 
-image: ## container image (TARGET=cpu or gpu)
+image: ## container image (TARGET=cpu, gpu or train)
 	docker build --file docker/Dockerfile --target $(TARGET) --tag dsg:$(TARGET) .
+
+image-test: $(STAMP)-serve ## build, run and try the cpu image without Docker; Debian, as root (OUT=bench/results/image_cpu.json)
+	$(BIN)/python -m dsg.bench.image --out $(or $(OUT),bench/results/image_cpu.json) $(ARGS)
 
 clean: ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info ops/*.so .pytest_cache .mypy_cache .ruff_cache
@@ -130,6 +133,10 @@ $(STAMP)-train: $(PACKAGING) | $(STAMP)-venv
 $(STAMP)-test: $(PACKAGING) | $(STAMP)-venv
 	$(PIP) --editable '.[test]'
 	@touch $@ $(STAMP)-serve $(STAMP)-train
+
+$(STAMP)-all: $(PACKAGING) | $(STAMP)-venv
+	$(PIP) --editable '.[test-all]'
+	@touch $@ $(STAMP)-serve $(STAMP)-train $(STAMP)-test
 
 $(STAMP)-check: $(PACKAGING) | $(STAMP)-venv
 	$(PIP) --editable '.[check]'

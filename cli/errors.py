@@ -23,6 +23,7 @@ _EXTRA_OF_PACKAGE = {
     "pydantic_settings": "serve",
     "prometheus_client": "serve",
     "structlog": "serve",
+    "ray": "ray",
     "faster_coco_eval": "train",
     "tensorboard": "train",
     "pycocotools": "test",
@@ -58,7 +59,8 @@ def report(error: BaseException) -> int:
         if package in _EXTRA_OF_PACKAGE:
             install = f"pip install 'dsg[{_EXTRA_OF_PACKAGE[package]}]'"
             return _say(f"this needs the package {package}; install it with: {install}", USER_ERROR)
-    if isinstance(error, _USER_ERRORS):
+    # A package that is there and will not do says so itself.
+    if isinstance(error, _USER_ERRORS) or (isinstance(error, ImportError) and error.name in _EXTRA_OF_PACKAGE):
         return _say(_one_line(error), USER_ERROR)
     what = f"{type(error).__name__}: {_one_line(error)}"
     return _say(f"{what} (a fault of dsg; DSG_DEBUG=1 shows the traceback)", UNEXPECTED)

@@ -1,6 +1,6 @@
 """`dsg serve`: the HTTP service."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +13,15 @@ def serve(
     devices: Annotated[
         str | None, typer.Option(help="all GPUs ('all') or some ('cuda:0,cuda:1'), with one queue; else DSG_DEVICES.")
     ] = None,
+    engine: Annotated[
+        Literal["own", "ray"] | None, typer.Option(help="own: this process; ray: replicas behind Ray Serve.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster, such as auto or HOST:6379; else Ray is started here.")
+    ] = None,
+    replicas: Annotated[
+        str | None, typer.Option(help="Servers that Ray runs: a count, or least-most such as 1-8; else one a GPU.")
+    ] = None,
 ) -> None:
     """Start the server. Every other setting is an environment variable DSG_*; the README lists them."""
     from pydantic import ValidationError
@@ -21,6 +30,7 @@ def serve(
     from dsg.service.settings import Settings
 
     given: dict[str, Any] = {"model": model, "host": host, "port": port, "device": device, "devices": devices}
+    given |= {"engine": engine, "ray_address": address, "replicas": replicas}
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:

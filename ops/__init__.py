@@ -9,6 +9,12 @@ if __name__ != "dsg.ops":
     raise ImportError(f"import this as dsg.ops, not {__name__}: a second copy would register the op twice")
 
 if find_spec("torch") is not None:
+    import torch
+
+    from dsg.ops.diagnosis import torch_problem
+
+    if _problem := torch_problem(torch.__version__):
+        raise ImportError(_problem, name="torch")
     from dsg.ops._load import kernel_name
     from dsg.ops.masks import encode_masks, paste_masks
     from dsg.ops.nms import batched_nms

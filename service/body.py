@@ -12,7 +12,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
-from dsg.service.problems import CLIENT_GONE, Problem, deadline_passed
+from dsg.service.problems import CLIENT_GONE, Problem, deadline_passed, too_many_bytes
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -56,7 +56,7 @@ async def read_body(
     """
     left_s = max(0.0, deadline - time.monotonic())
     declared = request.headers.get("content-length", "")
-    too_many = Problem(413, "too_many_bytes", f"the body has more than {max_bytes} bytes", _CLOSE)
+    too_many = too_many_bytes(max_bytes)
     refusal = too_many if declared.isdigit() and int(declared[:20]) > max_bytes else None
     chunks: list[bytes] = []
     size = 0

@@ -50,4 +50,6 @@ def _cuda_devices() -> int:
         import torch
     except ImportError:
         return 0
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    from dsg.ops.diagnosis import gpu_problem  # says once why a GPU that is there is not used, when a model is loaded
+
+    return torch.cuda.device_count() if gpu_problem() is None and torch.cuda.is_available() else 0

@@ -5,6 +5,7 @@ pixel is decoded. Nothing is guessed: what cannot be shown faithfully in 8 bits 
 """
 
 import io
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,12 @@ _OTHER_SIGNATURES = (
     (4, b"ftypmif1", "HEIF"),
     (0, b"<svg", "SVG"),
 )
+
+
+def guard_decoding() -> None:
+    """Once in a process that serves: what is wrong with a picture is told to its sender, not to the console."""
+    warnings.filterwarnings("ignore", module="PIL")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def decode_picture(data: bytes, max_pixels: int) -> NDArray[np.uint8]:

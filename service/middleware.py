@@ -38,7 +38,7 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
-        request_id = _request_id(scope)
+        request_id = request_id_of(scope)
         log: dict[str, Any] = {}
         scope.setdefault("state", {})
         scope["state"]["log"] = log
@@ -107,7 +107,7 @@ class RequestMiddleware:
             )
 
 
-def _request_id(scope: Scope) -> str:
+def request_id_of(scope: Scope) -> str:
     """The client's own id if it is a plain word, else a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):

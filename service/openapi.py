@@ -54,13 +54,15 @@ REASONS: dict[int, dict[str, str]] = {
         "draining": "this server is about to stop; ask another, or later",
         "unhealthy": "a device has failed and stays so until this process is restarted",
         "restarting": "the device is being restarted; try again soon",
+        "replica_lost": "the replica that had this request is gone; send it again",
+        "partly_reloaded": "2 replicas did not load 'best', and the log says why; ask again",
         "out_of_memory": "the device's memory is full, even for one picture; try again soon, or send a smaller one",
     },
     504: {"deadline_passed": "no answer was ready in time; allow more, send less, or try again later"},
 }
 """Every reason that a problem may give, by status, with a detail as it may read."""
 
-_OF_RELOAD = {"no_key", "no_model_dir", "broken_model"}
+_OF_RELOAD = {"no_key", "no_model_dir", "broken_model", "partly_reloaded"}
 _PROBLEM = {
     "type": "object",
     "required": ["type", "title", "status", "reason", "detail"],

@@ -64,7 +64,7 @@ _METRICS = {"content": {"text/plain": {"example": "dsg_queued_pictures 3.0\n"}},
 @router.get("/metrics", response_class=Response, responses={200: _METRICS})
 async def metrics(service: CurrentService) -> Response:
     """Metrics in Prometheus' text format."""
-    return Response(service.metrics.text(), media_type=service.metrics.content_type)
+    return Response(await service.metrics_page(), media_type=service.metrics.content_type)
 
 
 _MODELS = {

@@ -72,6 +72,12 @@ def out_of_memory() -> Problem:
     return Problem(503, "out_of_memory", detail, {"Retry-After": "5"})
 
 
+def too_many_bytes(max_bytes: int) -> Problem:
+    """What a request is told whose body is larger than allowed, declared or sent."""
+    detail = f"the body has more than {max_bytes} bytes"
+    return Problem(413, "too_many_bytes", detail, {"Connection": "close"})
+
+
 def deadline_passed(headers: dict[str, str] | None = None) -> Problem:
     """What a request is told whose deadline passes before its answer is ready."""
     detail = "no answer was ready in time; allow more, send less, or try again later"

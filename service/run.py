@@ -1,22 +1,22 @@
 """One server process: a port, a log, the application, and an orderly end."""
 
 import asyncio
-import contextlib
 import socket
 import time
-import warnings
 from collections.abc import Callable
 from types import FrameType
 
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from PIL import Image
 
 from dsg.service.app import create_app
+from dsg.service.decode import guard_decoding
 from dsg.service.devices import LoadPredictor
+from dsg.service.listen import ServiceError, listen
 from dsg.service.logs import configure_log
 from dsg.service.models import kernel_in_use
+from dsg.service.process import allow_many_files, one_core_a_thread
 from dsg.service.protocol import bounded_protocol
 from dsg.service.settings import Settings
 from dsg.service.state import Service
@@ -25,24 +25,23 @@ _log = structlog.get_logger("dsg.service")
 _BACKLOG = 2048
 
 
-class ServiceError(ValueError):
-    """The server cannot start: one line that says why and what to do."""
-
-
 def serve(settings: Settings, load_predictor: LoadPredictor | None = None) -> None:
     """Serve until SIGTERM or SIGINT; then finish what is in flight, within `settings.drain_ms`, and return.
 
     A second signal ends it at once.
 
     Raises:
-        ServiceError: the port is taken, or a model does not load.
+        ServiceError: the port is taken, a model does not load, or there is no Ray where its engine is asked for.
     """
     configure_log()
-    # What is wrong with a picture is told to its sender; warnings on the console would help no one.
-    warnings.filterwarnings("ignore", module="PIL")
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    _allow_many_files()
-    listener = _listen(settings.host, settings.port)
+    if settings.engine == "ray":
+        from dsg.service.ray_engine import serve_on_ray
+
+        serve_on_ray(settings, load_predictor)
+        return
+    guard_decoding()
+    allow_many_files()
+    listener = listen(settings.host, settings.port)
     try:
         try:
             app = create_app(settings, load_predictor)
@@ -71,7 +70,7 @@ async def _serve(app: FastAPI, listener: socket.socket) -> None:
         timeout_graceful_shutdown=1,
     )
     if service.has_workers:
-        _one_core_a_thread()
+        one_core_a_thread()
     server = _Server(config, service)
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -118,43 +117,6 @@ class _Server(uvicorn.Server):
             self._give_up_at = time.monotonic() + self._service.settings.drain_ms / 1000
             _log.info("draining", requests=self._service.active)
         return self._service.active == 0 or time.monotonic() >= self._give_up_at
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Take the port before the model is loaded: a port that is taken should show at once."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ServiceError(f"cannot listen on {host}: {error.strerror}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise ServiceError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
-    return listener
-
-
-def _one_core_a_thread() -> None:
-    """Torch would resize each picture on all cores, and there are as many pictures as threads."""
-    try:
-        import torch
-    except ImportError:  # an exported model runs without it
-        return
-    torch.set_num_threads(1)
-
-
-def _allow_many_files() -> None:
-    """As many descriptors as this process may have: each connection is one, and each picture on its way to a worker."""
-    try:
-        import resource
-    except ImportError:  # not made for Windows
-        return
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

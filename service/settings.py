@@ -74,6 +74,22 @@ class Settings(BaseSettings):
         description="send OpenTelemetry spans, as OTEL_* variables say; needs the extra tracing (default False)",
     )
 
+    engine: Literal["own", "ray"] = Field(
+        "own",
+        description="what runs servers: own, this process; ray, replicas behind Ray Serve's proxy, on this machine or "
+        "a cluster, one for each GPU; needs the extra ray (default own)",
+    )
+    ray_address: str | None = Field(
+        None,
+        description="of a Ray cluster, such as auto, HOST:6379 or ray://HOST:10001 (default: none, and Ray is started "
+        "on this machine, and ends with the server)",
+    )
+    replicas: Annotated[str, StringConstraints(pattern=r"^[1-9]\d{0,3}(-[1-9]\d{0,3})?$")] | None = Field(
+        None,
+        description="servers that Ray runs: a count, or a least and a most between which it follows the load, such as "
+        "1-8 (default: 1 to the number of GPUs there are)",
+    )
+
     max_bytes: int = Field(
         32_000_000,
         ge=1,
@@ -168,7 +184,21 @@ class Settings(BaseSettings):
                 raise ValueError(f"max_{what} ({one}) above max_{what}_in_flight ({all_}): it never fits")
         if self.device is not None and self.devices is not None:
             raise ValueError("device and devices are both set; set one of them")
+        if self.engine == "own" and (self.ray_address is not None or self.replicas is not None):
+            raise ValueError("ray_address and replicas are for the engine ray; set engine to ray, or leave them out")
+        if self.engine == "ray" and self.devices is not None:
+            raise ValueError("devices is for the engine own; with ray each replica has one, and replicas says how many")
+        if self.engine == "ray" and (self.device or "").startswith("cuda:"):
+            raise ValueError(f"device is {self.device}, and with ray each replica sees one GPU alone: say cuda")
+        if self.replicas is not None and self.replica_range[0] > self.replica_range[1]:
+            raise ValueError(f"replicas is {self.replicas}: the least comes first")
         return self
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """Least and most replicas that `replicas` asks for."""
+        least, _, most = (self.replicas or "1").partition("-")
+        return int(least), int(most or least)
 
     @property
     def models(self) -> list[str]:

@@ -14,6 +14,7 @@ from dsg.service.choose_devices import choose_devices
 from dsg.service.devices import Device, LoadPredictor, LocalDevice
 from dsg.service.metrics import Metrics
 from dsg.service.models import Models, ServedModel
+from dsg.service.peers import Peers, merged
 from dsg.service.problems import Problem, stopping
 from dsg.service.settings import Settings
 from dsg.service.tracing import Tracing
@@ -55,6 +56,8 @@ class Service:
         )
         self.active = 0
         """Requests whose answer is not complete yet."""
+        self.peers: Peers | None = None
+        """Further servers behind the same address, where an engine runs several; set before the service starts."""
         self._warm = False
         self._draining = False
         self._reloading = asyncio.Lock()
@@ -118,12 +121,27 @@ class Service:
         if self.batcher.fault is not None:
             raise Problem(503, "unhealthy", self.batcher.fault, {"Connection": "close", "Retry-After": "10"})
 
+    async def metrics_page(self) -> bytes:
+        """What Prometheus scrapes: of all servers behind the address, where there are several."""
+        return self.metrics.text() if self.peers is None else merged(await self.peers.metrics())
+
     async def reload(self, name: str) -> ServedModel:
-        """Load a model from the model folder, warm it, and swap it in; requests go on meanwhile.
+        """Load a model anew, here and wherever else this service runs; requests go on meanwhile.
 
         Raises:
-            Problem: 422 no such model, or a file that does not load (the old model stays).
+            Problem: 422 no such model, or a file that does not load (the old model stays); 503 another server has not
+                loaded it.
         """
+        model = await self.reload_here(name)
+        failed = [] if self.peers is None else await self.peers.reload(name)
+        if failed:
+            _log.warning("reload failed elsewhere", model=name, replicas=failed)
+            detail = f"{len(failed)} other replicas did not load {name!r}, and their logs say why; ask again"
+            raise Problem(503, "partly_reloaded", detail, {"Retry-After": "5"})
+        return model
+
+    async def reload_here(self, name: str) -> ServedModel:
+        """Load a model from the model folder, warm it, and swap it in, in this process; raises as `reload` does."""
         source = self.models.reload_source(name)
         async with self._reloading:
             try:

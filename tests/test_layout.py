@@ -23,6 +23,8 @@ FILES = {
     "setup.py",
     "docker-compose.yml",
     ".dockerignore",
+    ".env",
+    ".hadolint.yaml",
     ".gitattributes",
     ".gitignore",
 }

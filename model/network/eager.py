@@ -1,8 +1,10 @@
 """A module in memory as the Predictor's runtime. H, W size of an original picture, h, w of a resized one."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from dsg.model.network.norm import fold_norms
 from dsg.model.network.predictor import Precision, PreparedImage, Runtime
 from dsg.model.network.sizes import padded_size
 from dsg.ops import kernel_name
+from dsg.ops.diagnosis import gpu_problem
+
+_logger = logging.getLogger("dsg.model")
 
 
 def prepare_tensor(image: Any, how: Resize) -> PreparedImage:
@@ -93,6 +98,11 @@ def load_eager(
     return model.to(memory_format=torch.channels_last), info
 
 
+@cache
+def _say_once(line: str) -> None:
+    _logger.warning(line)
+
+
 def parse_device(device: torch.device | str) -> torch.device:
     """A device as it was named, whether or not it is there. Raises ValueError for any but cpu, cuda and cuda:N."""
     try:
@@ -107,8 +117,13 @@ def parse_device(device: torch.device | str) -> torch.device:
 def present_device(device: torch.device | str | None) -> torch.device:
     """A device that is there; None is a GPU if there is one. Raises ValueError."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        problem = gpu_problem()
+        if problem is not None:
+            _say_once(f"{problem}; running on the CPU")
+        return torch.device("cuda" if problem is None and torch.cuda.is_available() else "cpu")
     chosen = parse_device(device)
+    if chosen.type == "cuda" and (problem := gpu_problem(chosen.index or 0)):
+        raise ValueError(problem)
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device {chosen} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return chosen

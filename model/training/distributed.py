@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dsg.model.network.eager import parse_device
+from dsg.model.network.eager import parse_device, present_device
 from dsg.model.training.errors import TrainingError
+from dsg.ops.diagnosis import gpu_problem
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ def processes(device: str | None) -> Iterator[tuple[Ranks, torch.device]]:
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
     )
-    chosen = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = parse_device(device) if device else present_device(None)
     if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise TrainingError(f"device {chosen} was asked for and PyTorch sees no GPU: use device cpu")
+        problem = gpu_problem(ranks.local_rank if chosen.index is None else chosen.index)
+        if problem or not torch.cuda.is_available():
+            raise TrainingError(problem or f"device {chosen} was asked for and PyTorch sees no GPU: use device cpu")
         if chosen.index is not None and ranks.world_size > 1:
             raise TrainingError(f"device {chosen} for {ranks.world_size} processes: say cuda, each takes its own GPU")
         if chosen.index is None:
