@@ -75,11 +75,13 @@ def _torchvision_model() -> nn.Module:
     """Random weights that find something everywhere; its masks fill their boxes."""
     torch.manual_seed(0)
     model: nn.Module = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
-    predictor = model.roi_heads.box_predictor
-    nn.init.normal_(model.rpn.head.cls_logits.weight, std=0.05)
-    nn.init.normal_(predictor.cls_score.weight, std=0.5)
-    nn.init.normal_(predictor.bbox_pred.weight, std=0.02)
-    nn.init.constant_(model.roi_heads.mask_predictor.mask_fcn_logits.bias, 4.0)
+    for layer, std in (
+        ("rpn.head.cls_logits", 0.05),
+        ("roi_heads.box_predictor.cls_score", 0.5),
+        ("roi_heads.box_predictor.bbox_pred", 0.02),
+    ):
+        nn.init.normal_(model.get_parameter(f"{layer}.weight"), std=std)
+    nn.init.constant_(model.get_parameter("roi_heads.mask_predictor.mask_fcn_logits.bias"), 4.0)
     return model.eval()
 
 

@@ -6,6 +6,8 @@ Elsewhere, and while anything is differentiated, compiled or exported, the same 
 B images, R RoIs, C channels, H and W height and width.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,9 +33,9 @@ def convolve_relu(convolution: nn.Conv2d, x: Tensor) -> Tensor:  # [B, C_in, H, 
     """relu(convolution(x))."""
     if not _fits(convolution, x):
         return functional.relu(convolution(x), inplace=True)
-    one = convolution
+    one, padding = convolution, cast(tuple[int, ...], convolution.padding)
     result: Tensor = torch.cudnn_convolution_relu(
-        x, one.weight, one.bias, one.stride, one.padding, one.dilation, one.groups
+        x, one.weight, one.bias, one.stride, padding, one.dilation, one.groups
     )
     return result
 
@@ -44,9 +46,9 @@ def convolve_add_relu(convolution: nn.Conv2d, x: Tensor, other: Tensor) -> Tenso
         out = convolution(x)
         out += other
         return functional.relu(out, inplace=True)
-    one = convolution
+    one, padding = convolution, cast(tuple[int, ...], convolution.padding)
     result: Tensor = torch.cudnn_convolution_add_relu(
-        x, one.weight, other, 1.0, one.bias, one.stride, one.padding, one.dilation, one.groups
+        x, one.weight, other, 1.0, one.bias, one.stride, padding, one.dilation, one.groups
     )
     return result
 
@@ -68,6 +70,7 @@ def _fits(convolution: nn.Conv2d, x: Tensor) -> bool:
         and x.numel() > 0
         and convolution.bias is not None
         and convolution.groups == 1
+        and not isinstance(convolution.padding, str)
         and convolution.in_channels % _WIDTH == 0
         and convolution.out_channels % _WIDTH == 0
     )

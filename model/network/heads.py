@@ -4,6 +4,7 @@ R RoIs, C channels of the pyramid, P side of the pooled features.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ class MaskHead(nn.Module):
         """The four convolutions alone: F_- of the paper, what HTC hands from one mask head to the next."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             if isinstance(norm, nn.Identity):
-                features = convolve_relu(conv, features)
+                features = convolve_relu(cast(nn.Conv2d, conv), features)
             else:
                 features = functional.relu(norm(conv(features)), inplace=True)
         return features

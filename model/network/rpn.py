@@ -3,6 +3,8 @@
 B images, A anchors a cell, L levels, N anchors of an image, K proposals of an image.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -47,7 +49,7 @@ class RPNHead(nn.Module):
         for features in levels:
             hidden = convolve_relu(self.conv, features)  # [B, C, Hf, Wf]
             for conv in self.further:
-                hidden = convolve_relu(conv, hidden)
+                hidden = convolve_relu(cast(nn.Conv2d, conv), hidden)
             if is_fused(hidden):
                 own_logits, own_deltas = self._by_cell(hidden)
                 logits.append(own_logits)
