@@ -95,7 +95,9 @@ class MaskRCNN(Detector[list[Tensor]]):
     ) -> tuple[Tensor, Tensor | None]:
         # F_- is made anew of the detections' own boxes. That of the proposals they came from is of other boxes, while
         # in training both heads look at the same one: on crowded nuclei it costs 0.8 points of mask AP.
-        features = self._mask_inputs(carried, rois, self._proposal_masks(carried, rois))  # [R, C, 14, 14]
+        guides = self.fuse_mask is not None or self.config.sgra_mask
+        masks = self._proposal_masks(carried, rois) if guides else None
+        features = self._mask_inputs(carried, rois, masks)  # [R, C, 14, 14]
         logits = self.mask_head(features, labels)[0].squeeze(1)  # [R, m, m]
         overlaps = None if self.mask_iou is None else widen(self.mask_iou(features, logits, labels)).clamp(0, 1)
         return widen(logits).sigmoid(), overlaps

@@ -53,7 +53,7 @@ def test_run_gives_a_row_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_POOLINGS", (ops._Pooling("small head", 5, 4, 7),))
     told: list[str] = []
     rows = ops.run(torch.device("cpu"), repeats=1, on_case=told.append)
-    assert [row.case for row in rows] == told and len(rows) == 5
+    assert [row.case for row in rows] == told and len(rows) == 6
     assert all(isinstance(row, Row) and row.value > 0 and row.baseline > 0 for row in rows)
 
 
