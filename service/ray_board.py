@@ -16,6 +16,7 @@ _log = structlog.get_logger("dsg.service")
 NAME = "board"
 _POLL_S = 5.0  # a replica asks for news at least so often ...
 _GONE_S = 15.0  # ... and one that has not for so long is gone
+_LOOK_S = 1.0  # how often that is looked at while an answer is waited for
 _METRICS_S = 2.0  # a scrape must not wait for a replica that hangs
 _RELOAD_S = 300.0
 
@@ -53,10 +54,9 @@ class Board:
             answer.set_result(text)
 
     async def ask(self, kind: str, text: str, timeout_s: float, without: str = "") -> dict[str, str | None]:
-        """Ask all replicas but one; None is no answer in time."""
+        """Ask all replicas but one; None is no answer in time. Those that are gone, or go meanwhile, are left out."""
         loop = asyncio.get_running_loop()
-        for gone in [name for name, seen in self._seen.items() if loop.time() - seen > _GONE_S]:
-            del self._seen[gone], self._news[gone]
+        self._drop_gone()
         if kind == "reload":
             self._reloaded[text] = None
         number = next(self._numbers)
@@ -64,11 +64,22 @@ class Board:
         self._answers.update({(number, name): future for name, future in waiting.items()})
         for name in waiting:
             self._news[name].put_nowait((number, kind, text))
-        if waiting:
-            await asyncio.wait(waiting.values(), timeout=timeout_s)
-        for name in waiting:
+        asked, end = list(waiting), loop.time() + timeout_s
+        while (open_ones := [one for one in waiting.values() if not one.done()]) and (left := end - loop.time()) > 0:
+            await asyncio.wait(open_ones, timeout=min(left, _LOOK_S))
+            for name in self._drop_gone():
+                waiting.pop(name, None)
+        for name in asked:
             del self._answers[number, name]
         return {name: future.result() if future.done() else None for name, future in waiting.items()}
+
+    def _drop_gone(self) -> list[str]:
+        """Forget the replicas that have not asked for news for too long; their names."""
+        now = asyncio.get_running_loop().time()
+        gone = [name for name, seen in self._seen.items() if now - seen > _GONE_S]
+        for name in gone:
+            del self._seen[name], self._news[name]
+        return gone
 
 
 class BoardPeers:
@@ -125,7 +136,10 @@ class BoardPeers:
                 await asyncio.sleep(1.0)
                 try:
                     board = self._find()
-                    await board.join.remote(self._replica, list(self._reloaded))
+                    names = await board.join.remote(self._replica, list(self._reloaded))
+                    for name in [name for name in names if name not in self._reloaded]:  # told while it was not heard
+                        await self._reload(name)
+                        self._reloaded[name] = None
                 except Exception as error:
                     _log.warning("no board of the replicas", error=str(error).partition("\n")[0])
                 continue

@@ -89,9 +89,9 @@ def test_a_replica_whose_device_is_lost_is_replaced(server: RayServer) -> None:
     response = server.post(faulty_picture(STICKY))
     check_hint(response)
     assert response.json()["reason"] == "unhealthy"
-    while len(before & set(server.replicas())) == 2:
+    while not (gone := before - set(server.replicas())):
         assert server.client.get("/-/healthz").status_code == 200
-    await_replicas(server, next(iter(before - set(server.replicas()))))
+    await_replicas(server, next(iter(gone)))
     assert {server.post(GOOD).status_code for _ in range(4)} == {200}
 
 
