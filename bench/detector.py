@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import nn
 
-from dsg.bench.report import Row, time_row
+from dsg.bench.report import Row, rate_row, time_row
 from dsg.bench.timing import milliseconds_of
 from dsg.model.network.detections import with_counts
 from dsg.model.network.import_torchvision import import_torchvision
@@ -55,10 +55,7 @@ def run(
                 if batch == 1:
                     rows.append(time_row(case, found, baseline))
                 else:
-                    rate, their_rate = batch * 1000 / found, batch * 1000 / baseline
-                    rows.append(
-                        Row(case, round(rate, 2), "images/s", round(their_rate, 2), round(rate / their_rate, 3))
-                    )
+                    rows.append(rate_row(case, "images/s", batch * 1000 / found, batch * 1000 / baseline))
                 if proposals not in plain:
                     plain[proposals] = found / batch
                     continue

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsg.bench.report import Row
+from dsg.bench.report import Row, rate_row
 from dsg.bench.timing import milliseconds_of
 from dsg.export.container import read_contract
 from dsg.export.contract import Format
@@ -83,16 +83,9 @@ def run(
                 on_case(case)
                 times = milliseconds_of(partial(one, images, sizes), device, repeats)
                 rates[way] = batch * 1000 / statistics.median(times)
-                ratio = round(rates[way] / rates[Way.EAGER], 3)
                 precision = "float16" if half else "float32"
                 rows.append(
-                    Row(
-                        f"{case}, {precision}; baseline eager",
-                        round(rates[way], 2),
-                        "pictures/s",
-                        round(rates[Way.EAGER], 2),
-                        ratio,
-                    )
+                    rate_row(f"{case}, {precision}; baseline eager", "pictures/s", rates[way], rates[Way.EAGER])
                 )
     return rows
 

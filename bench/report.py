@@ -29,6 +29,11 @@ def time_row(case: str, milliseconds: float, baseline: float) -> Row:
     return Row(case, round(milliseconds, 4), "ms", round(baseline, 4), round(baseline / milliseconds, 3))
 
 
+def rate_row(case: str, unit: str, rate: float, baseline: float) -> Row:
+    """A row of a rate, such as pictures a second."""
+    return Row(case, round(rate, 2), unit, round(baseline, 2), round(rate / baseline, 3))
+
+
 def write(path: Path, rows: list[Row], device: torch.device, *, add: bool = False) -> None:
     """Write one file of results.
 

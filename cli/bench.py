@@ -1,11 +1,14 @@
 """`dsg bench`: figures for bench/results."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dsg.cli.loading import DEFAULT_MODEL, DeviceOption, ModelOption
+
+if TYPE_CHECKING:
+    from dsg.bench.report import Row
 
 
 def ops(
@@ -24,8 +27,7 @@ def ops(
     typer.echo(f"{report.device_name(chosen)}; {kernel_name()}", err=True)
     rows = run(chosen, repeats, on_case=lambda case: typer.echo(case, err=True))
     report.write(out, rows, chosen)
-    for row in rows:
-        typer.echo(f"{row.value:10.3f} {row.unit}  baseline {row.baseline:10.3f}  x{row.ratio:<6} {row.case}")
+    _show(rows)
 
 
 def service(
@@ -60,8 +62,7 @@ def service(
     figures = run(setup, deadline_s, seconds, peers, images, on_case=lambda case: typer.echo(case, err=True))
     report.write(out, figures.rows, chosen)
     draw(out.with_suffix(".png"), figures, f"{model} on {report.device_name(chosen)}")
-    for row in figures.rows:
-        typer.echo(f"{row.value:10.3f} {row.unit}  baseline {row.baseline:10.3f}  x{row.ratio:<6} {row.case}")
+    _show(figures.rows)
 
 
 def model(
@@ -116,8 +117,7 @@ def detector(
     report.commit()  # an unknown commit should show before the measuring, not after
     rows = run(chosen, batch or [1, 16], repeats, on_case=lambda case: typer.echo(case, err=True))
     report.write(out, rows, chosen)
-    for row in rows:
-        typer.echo(f"{row.value:10.2f} {row.unit}  baseline {row.baseline:10.2f}  x{row.ratio:<6} {row.case}")
+    _show(rows)
 
 
 def systems(
@@ -183,3 +183,8 @@ def systems(
     if pictures is not None:
         first = {run.system.name: run.best for run in plan if run.seed == plan[0].seed}
         draw_runs(first, val or [], val_images or [], pictures, str(place))
+
+
+def _show(rows: "list[Row]") -> None:
+    for row in rows:
+        typer.echo(f"{row.value:10.3f} {row.unit}  baseline {row.baseline:10.3f}  x{row.ratio:<6} {row.case}")

@@ -203,15 +203,14 @@ class Fusion(nn.Module):
         Returns:
             Tensor[R, C, P, P].
         """
-        if self.activation and is_fused(mask_features):
+        if self.activation and not self.training:
             added = convolve_relu(self.conv, mask_features)  # [R, C, Q, Q]
-        elif self.activation:
-            # In training the gradient at 0 is 1: relu's own is 0 there, and a convolution that starts at zero (see
-            # `guided_start`) would stay what it is for good.
-            added = self.conv(mask_features)
-            added = added.masked_fill(added < 0, 0) if self.training else functional.relu(added)
         else:
-            added = self.conv(mask_features)
+            added = self.conv(mask_features)  # [R, C, Q, Q]
+            if self.activation:
+                # In training the gradient at 0 is 1: relu's own is 0 there, and a convolution that starts at zero (see
+                # `guided_start`) would stay what it is for good.
+                added = added.masked_fill(added < 0, 0)
         height, width = features.shape[-2:]
         if added.shape[-2:] != (height, width):
             step = added.shape[-1] // width
