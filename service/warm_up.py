@@ -29,7 +29,7 @@ def warm_up_batches(
         picture = _prepared(model, size)
         height, width = picture.padded_size
         most = max(1, min(max_batch, max_batch_pixels // (height * width)))
-        batches += [[picture], [picture] * most]
+        batches += [[picture], [picture], [picture] * most]  # the second of a shape is recorded, see network/replay.py
     return batches
 
 

@@ -92,7 +92,7 @@ class Detector(nn.Module, Generic[Carried]):
         """
         batch, sizes = stack_images(images)
         if not self.training:
-            return self._detect(batch, sizes, score_threshold)
+            return self.detect(batch, sizes, score_threshold)
         if not batch.is_floating_point():
             raise TypeError("picture 0 must be a float tensor with RGB in 0..1 in training, got torch.uint8")
         if targets is None:
@@ -146,7 +146,7 @@ class Detector(nn.Module, Generic[Carried]):
     ) -> tuple[Tensor, Tensor | None]:
         """Mask probabilities [R, m, m], and where the family foretells it their overlap with the truth [R] in 0..1."""
 
-    def _detect(self, batch: Tensor, sizes: Tensor, score_threshold: float) -> list[Detections]:
+    def detect(self, batch: Tensor, sizes: Tensor, score_threshold: float) -> list[Detections]:
         """What `infer` finds, without its padding: masks are made of the rows that are returned alone."""
         kept, carried = self._kept_boxes(batch, sizes)
         wanted = kept.valid & (kept.scores >= score_threshold)  # [B, D]
@@ -159,18 +159,7 @@ class Detector(nn.Module, Generic[Carried]):
         scores = kept.scores.flatten()[rows]  # [R]
         if overlaps is not None:
             scores = scores * overlaps[: len(rows)]
-        counts = wanted.sum(dim=1).tolist()
-        parts = zip(
-            rois[:, 1:].split(counts),
-            scores.split(counts),
-            labels.split(counts),
-            probabilities.split(counts),
-            strict=True,
-        )
-        found = [
-            Detections(boxes, own_scores, own_labels, own_masks, image_size=(height, width))
-            for (boxes, own_scores, own_labels, own_masks), (height, width) in zip(parts, sizes.tolist(), strict=True)
-        ]
+        found = _by_image(rois[:, 1:], scores, labels, probabilities, wanted, sizes)
         return found if overlaps is None else [_in_order(one, score_threshold) for one in found]
 
     def _pyramid(self, batch: Tensor, sizes: Tensor) -> list[Tensor]:
@@ -206,6 +195,29 @@ def as_rois(boxes: Tensor) -> Tensor:  # [B, K, 4] -> [B * K, 5]
     """Boxes of a batch in one list, each with the number of its picture in front."""
     images = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)
     return torch.cat([images[:, None, None].expand(-1, boxes.shape[1], 1), boxes], dim=-1).flatten(0, 1)
+
+
+def without_padding(found: PaddedDetections, sizes: Tensor, score_threshold: float) -> list[Detections]:
+    """Copies of the rows that are valid and score high enough, picture by picture; sizes int64 [B, 2]."""
+    wanted = found.valid & (found.scores >= score_threshold)  # [B, D]
+    rows = wanted.flatten().nonzero().squeeze(1)  # [R]
+    parts = (found.boxes, found.scores, found.labels, found.mask_probs)
+    boxes, scores, labels, probabilities = (part.flatten(0, 1)[rows] for part in parts)
+    return _by_image(boxes, scores, labels, probabilities, wanted, sizes)
+
+
+def _by_image(
+    boxes: Tensor,  # [R, 4], rows of all pictures in turn
+    scores: Tensor,  # [R]
+    labels: Tensor,  # int64 [R]
+    probabilities: Tensor,  # [R, m, m]
+    wanted: Tensor,  # bool [B, D], R of them set
+    sizes: Tensor,  # int64 [B, 2]
+) -> list[Detections]:
+    images = torch.cat([wanted.sum(dim=1, keepdim=True), sizes], dim=1).tolist()  # one way to the host for all numbers
+    counts = [count for count, _, _ in images]
+    parts = zip(*(part.split(counts) for part in (boxes, scores, labels, probabilities)), strict=True)
+    return [Detections(*own, image_size=(height, width)) for own, (_, height, width) in zip(parts, images, strict=True)]
 
 
 def _rescored(found: PaddedDetections, overlaps: Tensor) -> PaddedDetections:  # [B, D]

@@ -2,21 +2,26 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dsg.model.network.batch import stack_images
 from dsg.model.network.checkpoint import load_checkpoint
+from dsg.model.network.constants import constant
 from dsg.model.network.detections import Detections
-from dsg.model.network.detector import Detector
+from dsg.model.network.detector import Detector, without_padding
 from dsg.model.network.image_tensor import image_tensor, resize
 from dsg.model.network.info import CheckpointInfo, Resize
 from dsg.model.network.norm import fold_norms
 from dsg.model.network.predictor import Precision, PreparedImage, Runtime
+from dsg.model.network.replay import Replay
 from dsg.model.network.sizes import padded_size
 from dsg.ops import kernel_name
 from dsg.ops.diagnosis import gpu_problem
@@ -41,6 +46,7 @@ class EagerRuntime(Runtime):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._replay = Replay()
 
     @property
     def device(self) -> torch.device:
@@ -63,8 +69,35 @@ class EagerRuntime(Runtime):
         ours = isinstance(self.model, Detector)
         if not ours or any(image.dtype != torch.uint8 for image in images):
             images = [_as_float(image, parameter.dtype) for image in images]
-        results = self.model(images, score_threshold=score_threshold) if ours else self.model(images)
+        with _whole_float32(parameter):
+            results = self._found(images, score_threshold) if ours else self.model(images)
         return [to_original(found, item) for found, item in zip(results, prepared, strict=True)]
+
+    def _found(self, images: list[Tensor], score_threshold: float) -> list[Detections]:
+        model = cast(Detector, self.model)
+        if model.training or not images or not images[0].is_cuda:
+            return cast(list[Detections], model(images, score_threshold=score_threshold))
+        batch, sizes = stack_images(images)
+        padded = self._replay.infer(model, batch, sizes)
+        if padded is None:
+            return model.detect(batch, sizes, score_threshold)
+        return without_padding(padded, sizes, score_threshold)
+
+
+@contextmanager
+def _whole_float32(parameter: Tensor) -> Iterator[None]:
+    """float32 convolutions in float32: TF32, torch's default on a GPU, keeps ten bits, and what is rounded away differs
+    with the size of the batch, so that a picture's masks would depend on the others."""
+    if parameter.dtype != torch.float32 or not parameter.is_cuda:
+        yield
+        return
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def _as_float(pixels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,8 +109,9 @@ def to_original(found: Detections, prepared: PreparedImage) -> Detections:
     height, width = prepared.original_size
     resized_height, resized_width = prepared.pixels.shape[-2:]
     # In float32 whatever the dtype: torchvision has its ratios so, and imported networks must give its boxes.
-    ratio_x, ratio_y = torch.tensor([width, height]).float() / torch.tensor([resized_width, resized_height]).float()
-    boxes = found.boxes * torch.stack([ratio_x, ratio_y, ratio_x, ratio_y]).to(found.boxes)
+    ratio_x = float(np.float32(width) / np.float32(resized_width))
+    ratio_y = float(np.float32(height) / np.float32(resized_height))
+    boxes = found.boxes * constant((ratio_x, ratio_y, ratio_x, ratio_y), found.boxes)
     return replace(found, boxes=boxes, image_size=(height, width))
 
 

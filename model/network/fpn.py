@@ -4,9 +4,12 @@ Letters: B images, C channels, H and W height and width.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dsg.model.network.fused import convolve_by_pixel
 
 
 class FeaturePyramid(nn.Module):
@@ -62,7 +65,7 @@ class FeaturePyramid(nn.Module):
         return levels
 
     def _lateral(self, features: Sequence[Tensor], level: int) -> Tensor:
-        return self.inner_norms[level](self.inner[level](features[level]))
+        return self.inner_norms[level](convolve_by_pixel(cast(nn.Conv2d, self.inner[level]), features[level]))
 
     def _smoothed(self, merged: Tensor, level: int) -> Tensor:
         return self.outer_norms[level](self.outer[level](merged))

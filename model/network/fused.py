@@ -1,15 +1,17 @@
-"""Layers in one kernel each where a GPU computes in half precision at test time: bias and ReLU ride on the convolution.
+"""Layers in one kernel each where a GPU computes in half precision: bias and ReLU ride on the convolution.
 
-Without this each of them is a pass over the whole feature map, and passes take a GPU longer than the products do.
-Elsewhere, and while anything is differentiated, compiled or exported, the same layers run one after another.
+Without this each of them is a pass over the whole feature map, and passes take a GPU longer than the products do. In
+training their gradients are written here too, since torch has none for these kernels. Elsewhere, and while anything is
+compiled or exported, the same layers run one after another.
 
 B images, R RoIs, C channels, H and W height and width.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
 from dsg.model.network.tracing import is_traced
@@ -18,11 +20,10 @@ _WIDTH = 8  # tensor cores read this many channels of half precision at a time
 
 
 def is_fused(x: Tensor) -> bool:
-    """Whether layers on `x` [B, C, H, W] are to be fused: half precision, channels-last, on a GPU, for good."""
+    """Whether layers on `x` [B, C, H, W] are to be fused: half precision, channels-last, on a GPU."""
     return (
         x.is_cuda
         and x.dtype in (torch.float16, torch.bfloat16)
-        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not is_traced()
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -31,46 +32,107 @@ def is_fused(x: Tensor) -> bool:
 
 def convolve_relu(convolution: nn.Conv2d, x: Tensor) -> Tensor:  # [B, C_in, H, W] -> [B, C, ...]
     """relu(convolution(x))."""
-    if not _fits(convolution, x):
+    if not fits(convolution, x) or convolution.bias is None:
         return functional.relu(convolution(x), inplace=True)
-    one, padding = convolution, cast(tuple[int, ...], convolution.padding)
-    result: Tensor = torch.cudnn_convolution_relu(
-        x, one.weight, one.bias, one.stride, padding, one.dilation, one.groups
-    )
-    return result
+    return fused_convolution(convolution, x, convolution.weight, convolution.bias, None)
 
 
 def convolve_add_relu(convolution: nn.Conv2d, x: Tensor, other: Tensor) -> Tensor:
     """relu(convolution(x) + other); `other` has the shape of the result."""
-    if not _fits(convolution, x) or not other.is_contiguous(memory_format=torch.channels_last):
+    if not fits(convolution, x) or convolution.bias is None or not is_fused(other):
         out = convolution(x)
         out += other
         return functional.relu(out, inplace=True)
-    one, padding = convolution, cast(tuple[int, ...], convolution.padding)
-    result: Tensor = torch.cudnn_convolution_add_relu(
-        x, one.weight, other, 1.0, one.bias, one.stride, padding, one.dilation, one.groups
-    )
-    return result
+    return fused_convolution(convolution, x, convolution.weight, convolution.bias, other)
 
 
-def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [R, C_in], [C, C_in], [C] -> [R, C]
-    """relu(x @ weight.T + bias)."""
-    result: Tensor = torch._addmm_activation(bias, x, weight.t())
-    return result
-
-
-def by_pixel(x: Tensor) -> Tensor:  # [B, C, H, W] channels-last -> [B * H * W, C]
-    """The features of each pixel as a row; no copy."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _fits(convolution: nn.Conv2d, x: Tensor) -> bool:
+def fits(convolution: nn.Conv2d, x: Tensor) -> bool:
+    """Whether `fused_convolution` can take a convolution and its input [B, C_in, H, W]."""
     return (
         is_fused(x)
         and x.numel() > 0
-        and convolution.bias is not None
         and convolution.groups == 1
         and not isinstance(convolution.padding, str)
         and convolution.in_channels % _WIDTH == 0
         and convolution.out_channels % _WIDTH == 0
     )
+
+
+def fused_convolution(convolution: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None) -> Tensor:
+    """relu(convolution(x) + other) with another weight and bias in one kernel; other is None for none."""
+    shape = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+    result: Tensor = _ConvolveReLU.apply(x, weight, bias, other, shape)
+    return result
+
+
+def convolve_by_pixel(convolution: nn.Conv2d, x: Tensor) -> Tensor:  # [B, C_in, H, W] -> [B, C, H, W]
+    """convolution(x) of a 1x1 convolution with bias: as a product of matrices, whose end adds the bias."""
+    if not fits(convolution, x):
+        return cast(Tensor, convolution(x))
+    batch, _, height, width = x.shape
+    rows = functional.linear(by_pixel(x), convolution.weight.flatten(1), convolution.bias)  # [B * H * W, C]
+    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [R, C_in], [C, C_in], [C] -> [R, C]
+    """relu(x @ weight.T + bias)."""
+    result: Tensor = _LinearReLU.apply(x, weight, bias)
+    return result
+
+
+class _ConvolveReLU(torch.autograd.Function):
+    """cuDNN's convolution with bias, another tensor and ReLU in its epilogue; weights may be wider than `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None, shape: Any) -> Tensor:
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        out: Tensor
+        if other is None:
+            out = torch.cudnn_convolution_relu(x, weight, bias, *shape)
+        else:
+            out = torch.cudnn_convolution_add_relu(x, weight, other, 1.0, bias, *shape)
+        ctx.save_for_backward(x, weight, out)
+        ctx.shape = shape
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out = ctx.saved_tensors  # type: ignore[attr-defined]
+        of_x, of_weight, of_bias, of_other, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        stride, padding, dilation, groups = ctx.shape  # type: ignore[attr-defined]
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        wanted = [of_x, of_weight, of_bias]
+        grads = torch.ops.aten.convolution_backward(
+            grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, wanted
+        )
+        return (*grads, grad if of_other else None, None)
+
+
+class _LinearReLU(torch.autograd.Function):
+    """cuBLAS's product with bias and ReLU in its epilogue; weights may be wider than `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        out: Tensor = torch._addmm_activation(bias, x, weight.t())
+        ctx.save_for_backward(x, weight, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out = ctx.saved_tensors  # type: ignore[attr-defined]
+        of_x, of_weight, of_bias = ctx.needs_input_grad  # type: ignore[attr-defined]
+        grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        return (
+            grad @ weight if of_x else None,
+            grad.t() @ x if of_weight else None,
+            grad.sum(dim=0) if of_bias else None,
+        )
+
+
+def by_pixel(x: Tensor) -> Tensor:  # [B, C, H, W] channels-last -> [B * H * W, C]
+    """The features of each pixel as a row; no copy."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])

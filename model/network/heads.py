@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dsg.model.network.fused import by_pixel, convolve_relu, is_fused, linear_relu
+from dsg.model.network.fused import by_pixel, convolve_relu, fits, fused_convolution, is_fused, linear_relu
 from dsg.model.network.norm import HeadNorm
 from dsg.model.network.tracing import is_traced
 
@@ -171,6 +171,8 @@ class MaskHead(nn.Module):
 
     def _run(self, features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         hidden = self.hidden(features)  # [R, C, P, P]
+        if is_fused(hidden):
+            return self._fused_masks(hidden, labels), hidden
         upscaled = self.upscaled(hidden)  # [R, C, 2P, 2P]
         return self.predictor(upscaled) if labels is None else self.masks_of(upscaled, labels), hidden
 
@@ -203,14 +205,7 @@ class Fusion(nn.Module):
         Returns:
             Tensor[R, C, P, P].
         """
-        if self.activation and not self.training:
-            added = convolve_relu(self.conv, mask_features)  # [R, C, Q, Q]
-        else:
-            added = self.conv(mask_features)  # [R, C, Q, Q]
-            if self.activation:
-                # In training the gradient at 0 is 1: relu's own is 0 there, and a convolution that starts at zero (see
-                # `guided_start`) would stay what it is for good.
-                added = added.masked_fill(added < 0, 0)
+        added = self._convolved(mask_features)  # [R, C, Q, Q]
         height, width = features.shape[-2:]
         if added.shape[-2:] != (height, width):
             step = added.shape[-1] // width
@@ -219,6 +214,21 @@ class Fusion(nn.Module):
             else:
                 added = functional.adaptive_avg_pool2d(added, (height, width))  # [R, C, P, P]
         return features + added
+
+    def _convolved(self, mask_features: Tensor) -> Tensor:  # [R, C, Q, Q] -> [R, C, Q, Q]
+        if not self.activation:
+            return cast(Tensor, self.conv(mask_features))
+        if not self.training:
+            return convolve_relu(self.conv, mask_features)
+        # In training the gradient at 0 is 1: relu's own is 0 there, and a convolution that starts at zero (see
+        # `guided_start`) would stay what it is for good.
+        if not fits(self.conv, mask_features):
+            added = self.conv(mask_features)
+            return cast(Tensor, added.masked_fill(added < 0, 0))
+        # A fused kernel has relu's own gradient; there a bias of next to nothing does the same.
+        weight, bias = self.conv.weight, self.conv.get_parameter("bias")
+        at_zero = (weight == 0).all().to(bias.dtype) * torch.finfo(mask_features.dtype).tiny
+        return fused_convolution(self.conv, mask_features, weight, bias + at_zero, None)
 
 
 def _split(labels: Tensor | None, beside: Tensor, size: int) -> Sequence[Tensor | None]:

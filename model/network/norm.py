@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsg.model.network.fused import convolve_add_relu, convolve_relu
+from dsg.model.network.fused import convolve_add_relu, convolve_relu, fits, fused_convolution, is_fused
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -107,6 +107,9 @@ def convolve_normalise_relu(convolution: nn.Conv2d, norm: nn.Module, x: Tensor, 
     """`relu(norm(convolution(x)))`, with `other`, of the result's shape, added before the ReLU; arguments as above."""
     if isinstance(norm, nn.Identity):
         return convolve_relu(convolution, x) if other is None else convolve_add_relu(convolution, x, other)
+    if isinstance(norm, FrozenBatchNorm2d) and fits(convolution, x) and (other is None or is_fused(other)):
+        scale, shift = norm.scale_and_shift()
+        return fused_convolution(convolution, x, convolution.weight * scale.view(-1, 1, 1, 1), shift, other)
     out = convolve_and_normalise(convolution, norm, x)
     if other is not None:
         out += other

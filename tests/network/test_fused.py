@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dsg.model.network import fused, heads, rpn
+from dsg.model.network import fused, heads, norm, rpn
 from dsg.model.network.batch import normalise
 from dsg.model.network.build import build
-from dsg.model.network.heads import BoxHead, MaskHead
+from dsg.model.network.fpn import FeaturePyramid
+from dsg.model.network.heads import BoxHead, Fusion, MaskHead
 from dsg.model.network.norm import FrozenBatchNorm2d, convolve_normalise_relu, fold_norms
 from dsg.model.network.rpn import RPNHead
 
+IS_FUSED = fused.is_fused
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
 
@@ -23,6 +25,101 @@ def products(monkeypatch):
             monkeypatch.setattr(room, "is_fused", lambda x: on)
 
     return switch
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """cuDNN's fused kernels spelled out, so that what is written around them runs on a CPU."""
+
+    def convolve(x, weight, bias, stride, padding, dilation, groups):
+        return functional.relu(functional.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+    def convolve_and_add(x, weight, other, alpha, bias, stride, padding, dilation, groups):
+        return functional.relu(functional.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * other)
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", convolve)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", convolve_and_add)
+
+    def switch(on: bool) -> None:
+        for room in (fused, heads, rpn, norm):
+            monkeypatch.setattr(room, "is_fused", lambda x: on)
+
+    return switch
+
+
+def gradients(module, call, *inputs):
+    """The result of a call and the gradients of a weighted sum of it, for the inputs and all parameters."""
+    module.zero_grad()
+    inputs = [one.detach().clone(memory_format=torch.preserve_format).requires_grad_() for one in inputs]
+    results = call(*inputs)
+    results = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(1)
+    total = sum((one * torch.rand(one.shape, generator=generator, dtype=one.dtype)).sum() for one in results)
+    total.backward()
+    return [*results, *(one.grad for one in inputs), *(one.grad.clone() for one in module.parameters())]
+
+
+def assert_same_training(module, call, switch, *inputs):
+    switch(False)
+    wanted = gradients(module, call, *inputs)
+    switch(True)
+    found = gradients(module, call, *inputs)
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_one_kernel_has_the_gradients_of_the_layers(kernels, stride):
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(8, 16, 3, stride, padding=1).double()
+    x, other = features(2, 8, 6), features(2, 16, 6 // stride)
+    assert_same_training(convolution, lambda x: fused.convolve_relu(convolution, x), kernels, x)
+    assert_same_training(convolution, lambda x, z: fused.convolve_add_relu(convolution, x, z), kernels, x, other)
+
+
+def test_a_frozen_norm_in_the_kernel_has_the_gradients_of_the_layers(kernels):
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, bias=False), FrozenBatchNorm2d(16)).double()
+    block[1].weight.uniform_(0.5, 1.5)
+    block[1].bias.normal_()
+    x, other = features(2, 8, 6), features(2, 16, 4)
+    assert_same_training(block, lambda x: convolve_normalise_relu(*block, x), kernels, x)
+    assert_same_training(block, lambda x, z: convolve_normalise_relu(*block, x, z), kernels, x, other)
+
+
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_a_mask_head_in_products_trains_as_in_layers(kernels, outputs):
+    torch.manual_seed(0)
+    head = MaskHead(8, outputs).double().train()
+    torch.nn.init.normal_(head.predictor.weight)
+    torch.nn.init.normal_(head.deconv.bias)
+    assert_same_training(head, head, kernels, features(3, 8, 4))
+
+
+def test_a_box_head_in_products_trains_as_in_layers(kernels):
+    torch.manual_seed(0)
+    head = BoxHead(8, 5, 16, 4).double().train()
+    assert_same_training(head, head, kernels, features(6, 8, 5))
+
+
+@pytest.mark.parametrize("at_zero", [False, True])
+def test_a_fusion_in_one_kernel_trains_as_in_layers_and_leaves_zero(kernels, at_zero):
+    torch.manual_seed(0)
+    fusion = Fusion(8, 3, activation=True).double().train()
+    torch.nn.init.normal_(fusion.conv.bias)
+    if at_zero:
+        torch.nn.init.zeros_(fusion.conv.weight)
+        torch.nn.init.zeros_(fusion.conv.bias)
+    assert_same_training(fusion, fusion, kernels, features(3, 8, 4), features(3, 8, 8))
+    assert float(fusion.conv.weight.grad.abs().max()) > 0
+
+
+def test_lateral_convolutions_as_products_train_as_in_layers(kernels):
+    torch.manual_seed(0)
+    pyramid = FeaturePyramid([8, 16], 8).double().train()
+    levels = [features(2, 8, 8), features(2, 16, 4)]
+    assert_same_training(pyramid, lambda *levels: tuple(pyramid(levels)), kernels, *levels)
 
 
 def features(count: int, channels: int, side: int) -> torch.Tensor:
@@ -99,6 +196,39 @@ def test_one_kernel_gives_what_the_layers_give(dtype, stride):
     torch.testing.assert_close(found.float(), functional.relu(plain), **tolerance)
     added = fused.convolve_add_relu(convolution, x, other)
     torch.testing.assert_close(added.float(), functional.relu(plain + other.float()), **tolerance)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("preset", ["mask_rcnn_r50_fpn", "dsg_r50_fpn"])
+def test_a_step_in_half_precision_has_the_losses_and_gradients_of_the_plain_one(preset, monkeypatch):
+    torch.manual_seed(0)
+    model = build(preset, num_classes=3).train().cuda().to(memory_format=torch.channels_last)
+    images = [torch.rand(3, 128, 160, device="cuda") for _ in range(2)]
+    masks = torch.zeros(1, 128, 160, dtype=torch.uint8, device="cuda")
+    masks[:, 20:90, 30:100] = 1
+    box = torch.tensor([[30.0, 20.0, 100.0, 90.0]], device="cuda")
+    targets = [{"boxes": box, "labels": torch.tensor([2], device="cuda"), "masks": masks} for _ in images]
+
+    def step(on: bool):
+        for room in (fused, heads, rpn, norm):
+            monkeypatch.setattr(room, "is_fused", IS_FUSED if on else lambda x: False)
+        model.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cuda", torch.bfloat16):
+            losses = model(images, targets)
+        sum(losses.values()).backward()
+        grads = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+        return {name: float(one) for name, one in losses.items()}, grads
+
+    wanted, wanted_grads = step(False)
+    found, grads = step(True)
+    assert found == pytest.approx(wanted, rel=0.05, abs=0.01)
+    assert grads.keys() == wanted_grads.keys()
+    for name, one in wanted_grads.items():
+        assert grads[name].dtype == torch.float32
+        near = functional.cosine_similarity(grads[name].flatten(), one.flatten(), dim=0)
+        assert float(one.norm()) < 1e-6 or float(near) > 0.9, name
 
 
 @pytest.mark.gpu

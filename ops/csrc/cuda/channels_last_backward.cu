@@ -1,40 +1,51 @@
 // SgRoIAlign on CUDA for channels-last features, backward.
 //
-// The gradient of the features is added up with atomics in float32, once for each cell that a bin reads, not once for
-// each of its points: with two points a side some 6 to 12 cells in place of 16. Its last bits depend on the order of
-// the additions; the deterministic mode takes the kernel of sg_roi_align_backward.cu. The gradient of the map needs no
-// atomics.
+// The gradient of the features is added up with atomics in float32, once for each cell that a RoI reads, however many of
+// its points read it. Its last bits depend on the order of the additions; the deterministic mode takes the kernel of
+// sg_roi_align_backward.cu. The gradient of the map needs no atomics.
 #include "channels_last.cuh"
 
 namespace dsg {
 namespace {
 
-constexpr int kTogether = 4;  // channels of a thread: one 16-byte addition
-constexpr int kReach = 4;  // cells along an axis that the points of a bin may span to be added up first
+constexpr int kTogether = 4;  // channels of one addition: 16 bytes
+constexpr int kMostCells = 128;  // cells that a RoI may span along an axis to be added up cell by cell
+
+template <typename scalar_t>
+constexpr int kRead = 16 / sizeof(scalar_t);  // channels of a thread
 
 // Where gradients are added up: [N, Hf, Wf, C] of each level.
 struct Sums {
   float* level[kMaxLevels];
 };
 
-__device__ __forceinline__ void add_pack(float* target, const float (&values)[kTogether], float weight) {
+// Of each cell along an axis, the first and the last bin that read it; first > last for none.
+struct CellBins {
+  short first[kMostCells], last[kMostCells];
+};
+
+template <int count>
+__device__ __forceinline__ void add_pack(float* target, const float (&values)[count], float weight) {
+#pragma unroll
+  for (int i = 0; i < count; i += kTogether) {
 #if __CUDA_ARCH__ >= 900
-  atomicAdd(
-      reinterpret_cast<float4*>(target),
-      make_float4(values[0] * weight, values[1] * weight, values[2] * weight, values[3] * weight));
+    atomicAdd(
+        reinterpret_cast<float4*>(target + i),
+        make_float4(values[i] * weight, values[i + 1] * weight, values[i + 2] * weight, values[i + 3] * weight));
 #else
 #pragma unroll
-  for (int i = 0; i < kTogether; ++i) {
-    atomicAdd(target + i, values[i] * weight);
-  }
+    for (int j = i; j < i + kTogether; ++j) {
+      atomicAdd(target + j, values[j] * weight);
+    }
 #endif
+  }
 }
 
-// The cells that the points [first, first + samples) of an axis read: `begin`, and how many there are; 0 for none.
-__device__ __forceinline__ int cells_of(const PointTap* taps, int first, int samples, int& begin) {
+// The cells that the points of an axis read: `begin`, and how many there are; 0 for none.
+__device__ __forceinline__ int cells_of(const PointTap* taps, int points, int& begin) {
   int last = -1;
   begin = 1 << 30;
-  for (int point = first; point < first + samples; ++point) {
+  for (int point = 0; point < points; ++point) {
     if (taps[point].low >= 0) {
       begin = min(begin, taps[point].low);
       last = max(last, taps[point].high);
@@ -47,78 +58,101 @@ __device__ __forceinline__ float weight_of(const PointTap& tap, int cell) {
   return (tap.low == cell ? 1.0f - tap.fraction : 0.0f) + (tap.high == cell ? tap.fraction : 0.0f);
 }
 
+// All threads of the block call this, and read `bins` after the next barrier.
+__device__ __forceinline__ void find_bins(
+    const PointTap* taps, int points, int samples, int begin, int cells, CellBins& bins) {
+  for (int cell = threadIdx.x; cell < cells; cell += blockDim.x) {
+    int first = points, last = -1;
+    for (int point = 0; point < points; ++point) {
+      if (taps[point].low == begin + cell || taps[point].high == begin + cell) {
+        first = min(first, point);
+        last = point;
+      }
+    }
+    bins.first[cell] = static_cast<short>(first / samples);
+    bins.last[cell] = static_cast<short>(last < 0 ? -1 : last / samples);
+  }
+}
+
+// A block a RoI and a warp's width of channels, as in the forward pass.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) scatter_features_kernel(
     const Call<float> call, const scalar_t* __restrict__ grad_output, const Sums sums) {
+  constexpr int count = kRead<scalar_t>;
   __shared__ BlockRoi roi;
+  __shared__ CellBins bins_y, bins_x;
   const bool guided = call.prob_height > 0;
-  const int channels = static_cast<int>(call.channels), groups = channels / kTogether;
+  const int channels = static_cast<int>(call.channels), groups = channels / count, lanes = min(groups, kWarp);
+  const int group = blockIdx.y * lanes + threadIdx.x % lanes, at_once = kThreads / lanes;
+  const int own = threadIdx.x / lanes;
+  const bool works = group < groups && own < at_once;
   const int out_width = static_cast<int>(call.out_width), bins = static_cast<int>(call.out_height) * out_width;
   for (int64_t row = blockIdx.x; row < call.rois; row += gridDim.x) {
     if (!read_roi(call, row, guided, roi)) {
       continue;
     }
-    const int samples = static_cast<int>(roi.place.y.samples), points_x = static_cast<int>(roi.place.x.points);
+    const int samples = static_cast<int>(roi.place.y.samples);
+    const int points_y = static_cast<int>(roi.place.y.points), points_x = static_cast<int>(roi.place.x.points);
     const int64_t width = call.width[roi.place.level];
-    float* image = sums.level[roi.place.level] + roi.place.image * call.height[roi.place.level] * width * channels;
+    float* image = sums.level[roi.place.level] +
+        roi.place.image * call.height[roi.place.level] * width * channels + group * count;
+    const scalar_t* grads = grad_output + row * bins * channels + group * count;
     const float share = 1.0f / roi.place.count();
-    for (int item = threadIdx.x; item < bins * groups; item += kThreads) {
-      const int group = item % groups, bin = item / groups;
-      const int first_y = bin / out_width * samples, first_x = bin % out_width * samples;
-      int begin_y, begin_x;
-      const int rows = cells_of(roi.y, first_y, samples, begin_y), columns = cells_of(roi.x, first_x, samples, begin_x);
-      if (rows == 0 || columns == 0) {
-        continue;
-      }
-      float grad[kTogether];
-      load_pack(grad_output + (row * bins + bin) * channels + group * kTogether, grad);
-      float* target = image + group * kTogether;
-      const auto cell = [&](int y, int x) { return target + (y * width + x) * channels; };
-      if (rows <= kReach && columns <= kReach) {
-        float weights[kReach][kReach] = {};
-        for (int point_y = first_y; point_y < first_y + samples; ++point_y) {
-          const PointTap y = roi.y[point_y];
-          for (int point_x = first_x; y.low >= 0 && point_x < first_x + samples; ++point_x) {
-            const PointTap x = roi.x[point_x];
-            if (x.low < 0) {
-              continue;
-            }
-            const float weight = guided ? share * roi.guidance[point_y * points_x + point_x] : share;
-#pragma unroll
-            for (int i = 0; i < kReach; ++i) {
-              const float weight_y = weight * weight_of(y, begin_y + i);
-#pragma unroll
-              for (int j = 0; j < kReach; ++j) {
-                weights[i][j] += weight_y * weight_of(x, begin_x + j);
+    int begin_y, begin_x;
+    const int rows = cells_of(roi.y, points_y, begin_y), columns = cells_of(roi.x, points_x, begin_x);
+    const int64_t cells = static_cast<int64_t>(rows) * columns;
+    const auto guide_of = [&](int y, int x) { return guided ? share * roi.guidance[y * points_x + x] : share; };
+    if (rows <= kMostCells && columns <= kMostCells && cells <= 4 * points_y * points_x) {
+      find_bins(roi.y, points_y, samples, begin_y, rows, bins_y);
+      find_bins(roi.x, points_x, samples, begin_x, columns, bins_x);
+      __syncthreads();
+      for (int cell = own; works && cell < cells; cell += at_once) {
+        const int cell_y = cell / columns, cell_x = cell % columns;
+        const int first_x = bins_x.first[cell_x], last_x = bins_x.last[cell_x];
+        float total[count] = {};
+        bool touched = false;
+        for (int bin_y = bins_y.first[cell_y]; bin_y <= bins_y.last[cell_y]; ++bin_y) {
+          for (int bin_x = first_x; bin_x <= last_x; ++bin_x) {
+            float weight = 0.0f;
+            for (int y = bin_y * samples; y < (bin_y + 1) * samples; ++y) {
+              const float weight_y = weight_of(roi.y[y], begin_y + cell_y);
+              for (int x = bin_x * samples; weight_y != 0.0f && x < (bin_x + 1) * samples; ++x) {
+                weight += weight_y * weight_of(roi.x[x], begin_x + cell_x) * guide_of(y, x);
               }
             }
-          }
-        }
+            if (weight != 0.0f) {
+              float grad[count];
+              load_pack(grads + (bin_y * out_width + bin_x) * channels, grad);
 #pragma unroll
-        for (int i = 0; i < kReach; ++i) {
-#pragma unroll
-          for (int j = 0; j < kReach; ++j) {
-            if (weights[i][j] != 0.0f) {
-              add_pack(cell(begin_y + i, begin_x + j), grad, weights[i][j]);
+              for (int i = 0; i < count; ++i) {
+                total[i] += weight * grad[i];
+              }
+              touched = true;
             }
           }
         }
-        continue;
-      }
-      for (int point_y = first_y; point_y < first_y + samples; ++point_y) {
-        const PointTap y = roi.y[point_y];
-        for (int point_x = first_x; y.low >= 0 && point_x < first_x + samples; ++point_x) {
-          const PointTap x = roi.x[point_x];
-          if (x.low < 0) {
-            continue;
-          }
-          const float weight = guided ? share * roi.guidance[point_y * points_x + point_x] : share;
-          add_pack(cell(y.low, x.low), grad, weight * (1.0f - y.fraction) * (1.0f - x.fraction));
-          add_pack(cell(y.low, x.high), grad, weight * (1.0f - y.fraction) * x.fraction);
-          add_pack(cell(y.high, x.low), grad, weight * y.fraction * (1.0f - x.fraction));
-          add_pack(cell(y.high, x.high), grad, weight * y.fraction * x.fraction);
+        if (touched) {
+          add_pack(image + ((begin_y + cell_y) * width + begin_x + cell_x) * channels, total, 1.0f);
         }
       }
+      continue;
+    }
+    // So wide that its points hardly share cells.
+    for (int point = own; works && point < points_y * points_x; point += at_once) {
+      const int point_y = point / points_x, point_x = point % points_x;
+      const PointTap y = roi.y[point_y], x = roi.x[point_x];
+      if (y.low < 0 || x.low < 0) {
+        continue;
+      }
+      const int bin = point_y / samples * out_width + point_x / samples;
+      float grad[count];
+      load_pack(grads + bin * channels, grad);
+      const float weight = guide_of(point_y, point_x);
+      const auto target = [&](int cell_y, int cell_x) { return image + (cell_y * width + cell_x) * channels; };
+      add_pack(target(y.low, x.low), grad, weight * (1.0f - y.fraction) * (1.0f - x.fraction));
+      add_pack(target(y.low, x.high), grad, weight * (1.0f - y.fraction) * x.fraction);
+      add_pack(target(y.high, x.low), grad, weight * y.fraction * (1.0f - x.fraction));
+      add_pack(target(y.high, x.high), grad, weight * y.fraction * x.fraction);
     }
   }
 }
@@ -200,13 +234,17 @@ __global__ void __launch_bounds__(kThreads) gather_prob_kernel(
   }
 }
 
+// Whether a tensor [N, C, H, W] lies in memory as [N, H, W, C], from an address that 16 bytes can be read at.
+bool is_dense_channels_last(const Tensor& tensor) {
+  const int64_t channels = tensor.size(1), width = tensor.size(3), height = tensor.size(2);
+  return tensor.stride(1) == 1 && tensor.stride(3) == channels && tensor.stride(2) == width * channels &&
+      tensor.stride(0) == height * width * channels && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
 // grad_output as [K, H, W, C] in memory; a copy where it lies otherwise.
 Tensor with_channels_last(const Tensor& grad_output) {
   const int64_t channels = grad_output.size(1), width = grad_output.size(3), height = grad_output.size(2);
-  const bool as_wanted = grad_output.stride(1) == 1 && grad_output.stride(3) == channels &&
-      grad_output.stride(2) == width * channels && grad_output.stride(0) == height * width * channels &&
-      reinterpret_cast<uintptr_t>(grad_output.const_data_ptr()) % 16 == 0;
-  if (as_wanted) {
+  if (is_dense_channels_last(grad_output)) {
     return grad_output;
   }
   const Tensor copy = torch::stable::new_empty(grad_output, {grad_output.size(0), height, width, channels});
@@ -220,27 +258,38 @@ Tensor with_channels_last(const Tensor& grad_output) {
 bool launch_backward_features_channels_last(
     const Tensor& grad_output, const std::vector<Tensor>& features, const Tensor& rois,
     const std::optional<Tensor>& prob, const Sampling& sampling, const std::vector<Tensor>& grad_features) {
-  if (!is_channels_last_call(features, prob, sampling, kTogether)) {
+  const int together = features[0].scalar_type() == ScalarType::Float ? kRead<float> : kRead<Half>;
+  if (!is_channels_last_call(features, prob, sampling, together)) {
     return false;
   }
   const Tensor grads = with_channels_last(grad_output);
   std::vector<Tensor> buffers;
   Sums sums{};
   for (size_t level = 0; level < features.size(); ++level) {
-    const Tensor& one = features[level];
-    buffers.push_back(torch::stable::new_zeros(one, {one.size(0), one.size(2), one.size(3), one.size(1)}, ScalarType::Float));
+    const Tensor& one = grad_features[level];
+    if (one.scalar_type() == ScalarType::Float && is_dense_channels_last(one)) {
+      buffers.push_back(one);
+      torch::stable::zero_(buffers[level]);
+    } else {
+      const std::vector<int64_t> shape = {one.size(0), one.size(2), one.size(3), one.size(1)};
+      const Tensor sum = torch::stable::new_zeros(one, shape, ScalarType::Float);
+      buffers.push_back(torch::stable::permute(sum, {0, 3, 1, 2}));
+    }
     sums.level[level] = static_cast<float*>(buffers.back().mutable_data_ptr());
   }
   dispatch_single(features[0].scalar_type(), [&](auto zero) {
     using scalar_t = decltype(zero);
     const auto call = make_call<float>(features, rois, prob, sampling);
-    scatter_features_kernel<scalar_t><<<blocks_of_rois(call), kThreads, 0, current_stream(grads)>>>(
+    const int64_t width = kRead<scalar_t> * kWarp;
+    const dim3 blocks(blocks_of_rois(call), static_cast<unsigned>((call.channels + width - 1) / width));
+    scatter_features_kernel<scalar_t><<<blocks, kThreads, 0, current_stream(grads)>>>(
         call, static_cast<const scalar_t*>(grads.const_data_ptr()), sums);
     check_launch("backward for features, channels last");
   });
   for (size_t level = 0; level < features.size(); ++level) {
-    torch::stable::copy_(
-        const_cast<Tensor&>(grad_features[level]), torch::stable::permute(buffers[level], {0, 3, 1, 2}));
+    if (buffers[level].const_data_ptr() != grad_features[level].const_data_ptr()) {
+      torch::stable::copy_(const_cast<Tensor&>(grad_features[level]), buffers[level]);
+    }
   }
   return true;
 }

@@ -9,38 +9,81 @@ constexpr int kTogether = 16 / sizeof(scalar_t);
 
 // Warps of a block: bins of the usual pools, 7 x 7 and 14 x 14, come out even.
 constexpr int kForwardThreads = 7 * kWarp;
+constexpr int kMostBins = kMostPoints / 2;
 
-// One bin, two by two sampling points all inside the level, as nearly every bin is: all that it reads is asked for at
-// once, and each channel of a corner costs one multiplication.
-template <typename scalar_t, int count>
-__device__ __forceinline__ void sum_four_points(
-    const scalar_t* image, const Image4<const scalar_t>& level, const PointTap (&y)[2], const PointTap (&x)[2],
-    const float (&weights)[2][2], float (&sums)[count]) {
-#pragma unroll
-  for (int row = 0; row < 4; ++row) {
-    const PointTap& own_y = y[row / 2];
-    const float share_y = row % 2 == 0 ? 1.0f - own_y.fraction : own_y.fraction;
-    const scalar_t* line = image + (row % 2 == 0 ? own_y.low : own_y.high) * level.strides[2];
-    float corners[4][count];
-#pragma unroll
-    for (int column = 0; column < 4; ++column) {
-      const PointTap& own_x = x[column / 2];
-      load_pack(line + (column % 2 == 0 ? own_x.low : own_x.high) * level.strides[3], corners[column]);
+// Two sampling rows, or columns, of one bin: the cells that they read, each once, and what of each goes to which point.
+// Points lie close together in a small RoI, and then most of their cells are the same.
+struct BinTap {
+  int count;  // cells; points outside the level have none
+  int cell[4];
+  float first[4], second[4];  // weights of the first and the second point
+};
+
+__device__ __forceinline__ void add_cell(BinTap& bin, int cell, float first, float second) {
+  for (int i = 0; i < bin.count; ++i) {
+    if (bin.cell[i] == cell) {
+      bin.first[i] += first;
+      bin.second[i] += second;
+      return;
     }
+  }
+  bin.cell[bin.count] = cell;
+  bin.first[bin.count] = first;
+  bin.second[bin.count] = second;
+  ++bin.count;
+}
+
+__device__ __forceinline__ void make_bin_tap(const PointTap& first, const PointTap& second, BinTap& bin) {
+  bin.count = 0;
+  if (first.low >= 0) {
+    add_cell(bin, first.low, 1.0f - first.fraction, 0.0f);
+    add_cell(bin, first.high, first.fraction, 0.0f);
+  }
+  if (second.low >= 0) {
+    add_cell(bin, second.low, 0.0f, 1.0f - second.fraction);
+    add_cell(bin, second.high, 0.0f, second.fraction);
+  }
+}
+
+// One bin of two by two points, cell by cell: what a row of cells reads is asked for at once.
+template <typename scalar_t, int count>
+__device__ __forceinline__ void sum_cells(
+    const scalar_t* image, const Image4<const scalar_t>& level, const BinTap& y, const BinTap& x,
+    const float (&guide)[2][2], float (&sums)[count]) {
+  const int stride_x = static_cast<int>(level.strides[3]), columns = x.count;
+  int offsets[4];
+  float first[4], second[4];
+#pragma unroll
+  for (int column = 0; column < 4; ++column) {
+    offsets[column] = x.cell[column] * stride_x;
+    first[column] = x.first[column];
+    second[column] = x.second[column];
+  }
+  for (int row = 0; row < y.count; ++row) {
+    const scalar_t* line = image + y.cell[row] * level.strides[2];
+    float cells[4][count];
 #pragma unroll
     for (int column = 0; column < 4; ++column) {
-      const PointTap& own_x = x[column / 2];
-      const float share_x = column % 2 == 0 ? 1.0f - own_x.fraction : own_x.fraction;
-      const float weight = weights[row / 2][column / 2] * share_y * share_x;
+      if (column < columns) {
+        load_pack(line + offsets[column], cells[column]);
+      }
+    }
+    const float left = guide[0][0] * y.first[row] + guide[1][0] * y.second[row];
+    const float right = guide[0][1] * y.first[row] + guide[1][1] * y.second[row];
 #pragma unroll
-      for (int i = 0; i < count; ++i) {
-        sums[i] += weight * corners[column][i];
+    for (int column = 0; column < 4; ++column) {
+      if (column < columns) {
+        const float weight = left * first[column] + right * second[column];
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+          sums[i] += weight * cells[column][i];
+        }
       }
     }
   }
 }
 
-// One bin, point by point; those outside the level add nothing.
+// One bin, point by point, for any number of points; those outside the level add nothing.
 template <typename scalar_t, int count>
 __device__ __forceinline__ void sum_points(
     const scalar_t* image, const Image4<const scalar_t>& level, const BlockRoi& roi, int first_y, int first_x,
@@ -73,43 +116,51 @@ __device__ __forceinline__ void sum_points(
   }
 }
 
+// A block a RoI and a warp's width of channels; the widths outermost, so that what the blocks of one moment read of a
+// picture fits into the cache.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kForwardThreads, 4) forward_channels_last_kernel(
     const Call<float> call, const Pyramid<const scalar_t> pyramid, scalar_t* __restrict__ output) {
   constexpr int count = kTogether<scalar_t>;
   __shared__ BlockRoi roi;
-  const bool guided = call.prob_height > 0;
-  const int groups = static_cast<int>(call.channels) / count;
-  const int out_width = static_cast<int>(call.out_width), bins = static_cast<int>(call.out_height) * out_width;
+  __shared__ BinTap taps_y[kMostBins], taps_x[kMostBins];
+  const bool guided = call.prob_height > 0, pairs = call.sampling_ratio == 2;
+  const int groups = static_cast<int>(call.channels) / count, width = min(groups, kWarp);
+  const int group = blockIdx.y * width + threadIdx.x % width, at_once = kForwardThreads / width;
+  const int out_height = static_cast<int>(call.out_height), out_width = static_cast<int>(call.out_width);
+  const int bins = out_height * out_width, first_bin = threadIdx.x / width;
+  const bool works = group < groups && first_bin < at_once;
   for (int64_t row = blockIdx.x; row < call.rois; row += gridDim.x) {
     const bool valid = read_roi(call, row, guided, roi);
+    if (valid && pairs) {
+      for (int bin = threadIdx.x; bin < out_height + out_width; bin += kForwardThreads) {
+        if (bin < out_height) {
+          make_bin_tap(roi.y[2 * bin], roi.y[2 * bin + 1], taps_y[bin]);
+        } else {
+          const int column = bin - out_height;
+          make_bin_tap(roi.x[2 * column], roi.x[2 * column + 1], taps_x[column]);
+        }
+      }
+      __syncthreads();
+    }
     const int samples = static_cast<int>(roi.place.y.samples), points_x = static_cast<int>(roi.place.x.points);
-    const Image4<const scalar_t> level = pyramid.level[roi.place.level];
-    const scalar_t* image = level.data + (valid ? roi.place.image * level.strides[0] : 0);
+    const Image4<const scalar_t>& level = pyramid.level[roi.place.level];
+    const scalar_t* channels = level.data + (valid ? roi.place.image * level.strides[0] : 0) + group * count;
     const float share = 1.0f / roi.place.count();
-    for (int item = threadIdx.x; item < bins * groups; item += kForwardThreads) {
-      const int group = item % groups, bin = item / groups;
+    int bin_y = first_bin / out_width, bin_x = first_bin % out_width;
+    for (int bin = first_bin; works && bin < bins; bin += at_once) {
       float sums[count] = {};
-      if (valid) {
-        const int first_y = bin / out_width * samples, first_x = bin % out_width * samples;
-        const scalar_t* channels = image + group * count;
-        bool inside = sizeof(scalar_t) == 2 && samples == 2;  // float32 has no registers to spare for it
-        if (inside) {
-          const PointTap y[2] = {roi.y[first_y], roi.y[first_y + 1]}, x[2] = {roi.x[first_x], roi.x[first_x + 1]};
-          inside = y[0].low >= 0 && y[1].low >= 0 && x[0].low >= 0 && x[1].low >= 0;
-          if (inside) {
-            const float* guide = roi.guidance + first_y * points_x + first_x;
-            float weights[2][2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
-            if (guided) {
-              weights[0][0] = guide[0], weights[0][1] = guide[1];
-              weights[1][0] = guide[points_x], weights[1][1] = guide[points_x + 1];
-            }
-            sum_four_points<scalar_t, count>(channels, level, y, x, weights, sums);
-          }
+      if (valid && pairs) {
+        float guide[2][2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
+        if (guided) {
+          const float* maps = roi.guidance + 2 * (bin_y * points_x + bin_x);
+          guide[0][0] = maps[0], guide[0][1] = maps[1];
+          guide[1][0] = maps[points_x], guide[1][1] = maps[points_x + 1];
         }
-        if (!inside) {
-          sum_points<scalar_t, count>(channels, level, roi, first_y, first_x, samples, guided, sums);
-        }
+        sum_cells<scalar_t, count>(channels, level, taps_y[bin_y], taps_x[bin_x], guide, sums);
+      } else if (valid) {
+        sum_points<scalar_t, count>(
+            channels, level, roi, bin_y * samples, bin_x * samples, samples, guided, sums);
       }
       Pack<scalar_t, count> pack;
 #pragma unroll
@@ -118,6 +169,9 @@ __global__ void __launch_bounds__(kForwardThreads, 4) forward_channels_last_kern
       }
       scalar_t* target = output + (row * bins + bin) * call.channels + group * count;
       *reinterpret_cast<Pack<scalar_t, count>*>(target) = pack;
+      for (bin_x += at_once; bin_x >= out_width; bin_x -= out_width) {
+        ++bin_y;
+      }
     }
   }
 }
@@ -134,7 +188,9 @@ bool launch_forward_channels_last(
   dispatch_single(features[0].scalar_type(), [&](auto zero) {
     using scalar_t = decltype(zero);
     const auto call = make_call<float>(features, rois, prob, sampling);
-    forward_channels_last_kernel<scalar_t><<<blocks_of_rois(call), kForwardThreads, 0, current_stream(output)>>>(
+    const int64_t width = kTogether<scalar_t> * kWarp;
+    const dim3 blocks(blocks_of_rois(call), static_cast<unsigned>((call.channels + width - 1) / width));
+    forward_channels_last_kernel<scalar_t><<<blocks, kForwardThreads, 0, current_stream(output)>>>(
         call, pyramid_of<const scalar_t>(features), static_cast<scalar_t*>(output.mutable_data_ptr()));
     check_launch("forward, channels last");
   });

@@ -1,0 +1,112 @@
+"""CUDA graphs of small batches at test time.
+
+A GPU runs the kernels of one picture in less time than Python takes to launch them. From the second batch of a shape on
+they are launched all at once: everything between the pixels and the padded detections has static shapes and asks the
+host nothing. The graphs hold no compiled code, so a restart makes them again in a fraction of a second.
+
+B images, H and W height and width of the padded batch.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsg.model.network.detector import Detector
+from dsg.model.network.types import PaddedDetections
+
+_logger = logging.getLogger("dsg.model")
+
+# Larger batches keep the GPU busy for longer than their launches take; their memory is better used otherwise.
+_MOST_PIXELS = 4 << 20
+# Shapes whose graphs are kept, and shapes that are remembered as seen once.
+_MOST_GRAPHS = 16
+_MOST_SEEN = 256
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A graph with the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: Tensor
+    sizes: Tensor
+    found: PaddedDetections
+
+
+class Replay:
+    """Runs a detector on a GPU: small batches of a known shape as a graph, all others as they come.
+
+    What it has recorded counts only while the network's weights lie where they lay; a network that was moved, cast or
+    given another number of proposals starts afresh.
+    """
+
+    def __init__(self) -> None:
+        self._recorded: OrderedDict[Hashable, _Recorded | None] = OrderedDict()  # None: does not work as a graph
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._of: Hashable = None
+        self._pool: object = None
+
+    def infer(self, model: Detector, batch: Tensor, sizes: Tensor) -> PaddedDetections | None:
+        """What `model.infer` gives, or None where there is no graph of this shape to replay.
+
+        The tensors are overwritten by the next call.
+
+        Args:
+            model: in eval mode, no gradients wanted.
+            batch: Tensor[B, 3, H, W]; sizes: int64 [B, 2]; as `Detector.infer` takes them.
+        """
+        if not batch.is_cuda or batch.shape[0] * batch.shape[2] * batch.shape[3] > _MOST_PIXELS:
+            return None
+        state = _state_of(model)
+        if state != self._of:
+            self._recorded.clear()
+            self._seen.clear()
+            self._of, self._pool = state, None
+        key = (tuple(batch.shape), batch.dtype, batch.stride())
+        if key not in self._recorded:
+            if key not in self._seen:
+                self._seen[key] = None
+                if len(self._seen) > _MOST_SEEN:
+                    self._seen.popitem(last=False)
+                return None
+            del self._seen[key]
+            self._recorded[key] = self._record(model, batch, sizes)
+            if len(self._recorded) > _MOST_GRAPHS:
+                self._recorded.popitem(last=False)
+        self._recorded.move_to_end(key)
+        recorded = self._recorded[key]
+        if recorded is None:
+            return None
+        recorded.batch.copy_(batch)
+        recorded.sizes.copy_(sizes)
+        recorded.graph.replay()
+        return recorded.found
+
+    def _record(self, model: Detector, batch: Tensor, sizes: Tensor) -> _Recorded | None:
+        """The graph of one shape that has been run before, so that its kernels are chosen; None where it cannot be."""
+        own_batch, own_sizes = batch.clone(), sizes.clone()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may go on using the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                found = model.infer(own_batch, own_sizes)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            _logger.warning("batches of %s go without a CUDA graph: %s", list(batch.shape), reason)
+            return None
+        if self._pool is None:
+            self._pool = graph.pool()
+        return _Recorded(graph, own_batch, own_sizes, found)
+
+
+def _state_of(model: Detector) -> Hashable:
+    """What changes when a network's graphs no longer hold."""
+    parameters = list(model.parameters())
+    ends = (parameters[0], parameters[-1])
+    return tuple((one.data_ptr(), one.dtype, one.device) for one in ends), model.selector.proposals, model.training
