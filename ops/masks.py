@@ -76,7 +76,8 @@ def encode_masks(
     """COCO RLEs of the masks that `paste_masks` gives for the same arguments, without a full-size mask.
 
     Returns:
-        N times `{"size": [H, W], "counts": str}`, byte for byte what pycocotools makes of the pasted masks.
+        N times `{"size": [H, W], "counts": str}`, byte for byte what pycocotools makes of the pasted masks; on a GPU
+        with paste "grid", but for pixels whose probability is the threshold up to its last bit.
     """
     (texts,) = encode_mask_batches([(probs, boxes, image_size)], threshold, paste)
     return [{"size": [int(image_size[0]), int(image_size[1])], "counts": text} for text in texts]

@@ -50,14 +50,14 @@ def resize(pixels: Tensor, how: Resize) -> Tensor:
         pixels: Tensor[3, H, W], uint8 or float in 0..1.
 
     Returns:
-        Tensor[3, h, w]: uint8 when that came in and the resize has a low-pass, else float in 0..1. Without the
-        low-pass numbers are kept unrounded, as the libraries whose convention that is have it.
+        Tensor[3, h, w]: uint8 when that came in and the resize has a low-pass or nothing to do, else float in 0..1.
+        Without the low-pass numbers are kept unrounded, as the libraries whose convention that is have it.
     """
     height, width = pixels.shape[-2:]
     size = resized_size(height, width, how)
-    if pixels.dtype == torch.uint8 and not how.antialias:
-        pixels = pixels.float() / 255
     if size == (height, width):
         return pixels  # as it lies: turning it round is for the device that will read it
+    if pixels.dtype == torch.uint8 and not how.antialias:
+        pixels = pixels.float() / 255
     scaled = functional.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=how.antialias)
     return scaled[0]

@@ -219,7 +219,7 @@ def test_a_step_in_half_precision_has_the_losses_and_gradients_of_the_plain_one(
             losses = model(images, targets)
         sum(losses.values()).backward()
         grads = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
-        return {name: float(one) for name, one in losses.items()}, grads
+        return {name: float(one.detach()) for name, one in losses.items()}, grads
 
     wanted, wanted_grads = step(False)
     found, grads = step(True)

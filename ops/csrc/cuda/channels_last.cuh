@@ -94,7 +94,9 @@ inline bool is_channels_last_call(
         return false;
       }
     }
-    if (level.size(2) * level.size(3) == 0) {
+    // Places within a picture are int.
+    const int64_t elements = level.stride(2) * level.size(2);
+    if (level.size(2) * level.size(3) == 0 || elements != static_cast<int>(elements)) {
       return false;
     }
   }

@@ -15,72 +15,91 @@ constexpr int kMostBins = kMostPoints / 2;
 // Points lie close together in a small RoI, and then most of their cells are the same.
 struct BinTap {
   int count;  // cells; points outside the level have none
-  int cell[4];
-  float first[4], second[4];  // weights of the first and the second point
+  int offset[4];  // of each cell, in elements of the level
+  float2 weight[4];  // of the first and the second point
 };
 
-__device__ __forceinline__ void add_cell(BinTap& bin, int cell, float first, float second) {
+__device__ __forceinline__ void add_cell(BinTap& bin, int offset, float2 weight) {
   for (int i = 0; i < bin.count; ++i) {
-    if (bin.cell[i] == cell) {
-      bin.first[i] += first;
-      bin.second[i] += second;
+    if (bin.offset[i] == offset) {
+      bin.weight[i].x += weight.x;
+      bin.weight[i].y += weight.y;
       return;
     }
   }
-  bin.cell[bin.count] = cell;
-  bin.first[bin.count] = first;
-  bin.second[bin.count] = second;
+  bin.offset[bin.count] = offset;
+  bin.weight[bin.count] = weight;
   ++bin.count;
 }
 
-__device__ __forceinline__ void make_bin_tap(const PointTap& first, const PointTap& second, BinTap& bin) {
+__device__ __forceinline__ void make_bin_tap(
+    const PointTap& first, const PointTap& second, int64_t stride, BinTap& bin) {
+  const int step = static_cast<int>(stride);
   bin.count = 0;
   if (first.low >= 0) {
-    add_cell(bin, first.low, 1.0f - first.fraction, 0.0f);
-    add_cell(bin, first.high, first.fraction, 0.0f);
+    add_cell(bin, first.low * step, {1.0f - first.fraction, 0.0f});
+    add_cell(bin, first.high * step, {first.fraction, 0.0f});
   }
   if (second.low >= 0) {
-    add_cell(bin, second.low, 0.0f, 1.0f - second.fraction);
-    add_cell(bin, second.high, 0.0f, second.fraction);
+    add_cell(bin, second.low * step, {0.0f, 1.0f - second.fraction});
+    add_cell(bin, second.high * step, {0.0f, second.fraction});
   }
 }
 
-// One bin of two by two points, cell by cell: what a row of cells reads is asked for at once.
-template <typename scalar_t, int count>
+// One bin of two by two points, cell by cell; all that it reads is asked for at once. `guide`: 1 + p of the points.
+template <int rows, int columns, typename scalar_t, int count>
 __device__ __forceinline__ void sum_cells(
-    const scalar_t* image, const Image4<const scalar_t>& level, const BinTap& y, const BinTap& x,
-    const float (&guide)[2][2], float (&sums)[count]) {
-  const int stride_x = static_cast<int>(level.strides[3]), columns = x.count;
-  int offsets[4];
-  float first[4], second[4];
+    const scalar_t* image, const BinTap& y, const BinTap& x, const float (&guide)[2][2], float (&sums)[count]) {
+  Pack<scalar_t, count> packs[rows][columns];
 #pragma unroll
-  for (int column = 0; column < 4; ++column) {
-    offsets[column] = x.cell[column] * stride_x;
-    first[column] = x.first[column];
-    second[column] = x.second[column];
-  }
-  for (int row = 0; row < y.count; ++row) {
-    const scalar_t* line = image + y.cell[row] * level.strides[2];
-    float cells[4][count];
+  for (int row = 0; row < rows; ++row) {
 #pragma unroll
-    for (int column = 0; column < 4; ++column) {
-      if (column < columns) {
-        load_pack(line + offsets[column], cells[column]);
-      }
+    for (int column = 0; column < columns; ++column) {
+      packs[row][column] =
+          *reinterpret_cast<const Pack<scalar_t, count>*>(image + y.offset[row] + x.offset[column]);
     }
-    const float left = guide[0][0] * y.first[row] + guide[1][0] * y.second[row];
-    const float right = guide[0][1] * y.first[row] + guide[1][1] * y.second[row];
+  }
 #pragma unroll
-    for (int column = 0; column < 4; ++column) {
-      if (column < columns) {
-        const float weight = left * first[column] + right * second[column];
+  for (int row = 0; row < rows; ++row) {
+    const float2 own = y.weight[row];
+    const float left = guide[0][0] * own.x + guide[1][0] * own.y, right = guide[0][1] * own.x + guide[1][1] * own.y;
 #pragma unroll
-        for (int i = 0; i < count; ++i) {
-          sums[i] += weight * cells[column][i];
-        }
+    for (int column = 0; column < columns; ++column) {
+      const float weight = left * x.weight[column].x + right * x.weight[column].y;
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        sums[i] += weight * static_cast<float>(packs[row][column].values[i]);
       }
     }
   }
+}
+
+template <int rows, typename scalar_t, int count>
+__device__ __forceinline__ bool sum_rows(
+    const scalar_t* image, const BinTap& y, const BinTap& x, const float (&guide)[2][2], float (&sums)[count]) {
+  if (x.count == 2) {
+    sum_cells<rows, 2>(image, y, x, guide, sums);
+  } else if (x.count == 3) {
+    sum_cells<rows, 3>(image, y, x, guide, sums);
+  } else if (x.count == 4) {
+    sum_cells<rows, 4>(image, y, x, guide, sums);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// False at the level's border, where a point may have one cell or none.
+template <typename scalar_t, int count>
+__device__ __forceinline__ bool sum_bin(
+    const scalar_t* image, const BinTap& y, const BinTap& x, const float (&guide)[2][2], float (&sums)[count]) {
+  if (y.count == 2) {
+    return sum_rows<2>(image, y, x, guide, sums);
+  }
+  if (y.count == 3) {
+    return sum_rows<3>(image, y, x, guide, sums);
+  }
+  return y.count == 4 && sum_rows<4>(image, y, x, guide, sums);
 }
 
 // One bin, point by point, for any number of points; those outside the level add nothing.
@@ -132,24 +151,25 @@ __global__ void __launch_bounds__(kForwardThreads, 4) forward_channels_last_kern
   const bool works = group < groups && first_bin < at_once;
   for (int64_t row = blockIdx.x; row < call.rois; row += gridDim.x) {
     const bool valid = read_roi(call, row, guided, roi);
+    const Image4<const scalar_t>& level = pyramid.level[roi.place.level];
     if (valid && pairs) {
       for (int bin = threadIdx.x; bin < out_height + out_width; bin += kForwardThreads) {
         if (bin < out_height) {
-          make_bin_tap(roi.y[2 * bin], roi.y[2 * bin + 1], taps_y[bin]);
+          make_bin_tap(roi.y[2 * bin], roi.y[2 * bin + 1], level.strides[2], taps_y[bin]);
         } else {
           const int column = bin - out_height;
-          make_bin_tap(roi.x[2 * column], roi.x[2 * column + 1], taps_x[column]);
+          make_bin_tap(roi.x[2 * column], roi.x[2 * column + 1], level.strides[3], taps_x[column]);
         }
       }
       __syncthreads();
     }
     const int samples = static_cast<int>(roi.place.y.samples), points_x = static_cast<int>(roi.place.x.points);
-    const Image4<const scalar_t>& level = pyramid.level[roi.place.level];
     const scalar_t* channels = level.data + (valid ? roi.place.image * level.strides[0] : 0) + group * count;
     const float share = 1.0f / roi.place.count();
     int bin_y = first_bin / out_width, bin_x = first_bin % out_width;
     for (int bin = first_bin; works && bin < bins; bin += at_once) {
       float sums[count] = {};
+      bool done = !valid;
       if (valid && pairs) {
         float guide[2][2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
         if (guided) {
@@ -157,8 +177,9 @@ __global__ void __launch_bounds__(kForwardThreads, 4) forward_channels_last_kern
           guide[0][0] = maps[0], guide[0][1] = maps[1];
           guide[1][0] = maps[points_x], guide[1][1] = maps[points_x + 1];
         }
-        sum_cells<scalar_t, count>(channels, level, taps_y[bin_y], taps_x[bin_x], guide, sums);
-      } else if (valid) {
+        done = sum_bin(channels, taps_y[bin_y], taps_x[bin_x], guide, sums);
+      }
+      if (!done) {
         sum_points<scalar_t, count>(
             channels, level, roi, bin_y * samples, bin_x * samples, samples, guided, sums);
       }
