@@ -63,6 +63,7 @@ def write_torchscript(graph: ExportGraph, path: Path, device: torch.device) -> t
         traced = torch.jit.trace(graph, example(device), check_trace=False)
         frozen = torch.jit.freeze(traced.eval())
         _follow_images(frozen)
+        _part_lists(frozen)
         torch.jit.save(frozen, path)
     kinds = set(re.findall(r"\b(\w+::\w+)[\[(]", str(frozen.graph)))
     return tuple(sorted(kind for kind in kinds if kind.partition("::")[0] not in ("aten", "prim")))
@@ -85,6 +86,25 @@ def _follow_images(program: torch.jit.ScriptModule) -> None:
     own_device.output().setType(constants[0].output().type())
     for constant in constants:
         constant.output().replaceAllUsesWith(own_device.output())
+
+
+def _part_lists(program: torch.jit.ScriptModule) -> None:
+    """A list of features of its own for each call of our op.
+
+    PyTorch moves the tensors out of a list that it hands to an op of a library, so the list can be used once; and its
+    optimizer makes one of lists of the same tensors. A tensor detached once more is another one to it, and no copy.
+    """
+    graph: Any = program.graph
+    calls = [*graph.findAllNodes("dsg::multiscale_sg_roi_align", recurse=True)]
+    for times, call in enumerate(calls):
+        features = next(iter(call.inputs())).node()
+        assert features.kind() == "prim::ListConstruct"
+        for number, tensor in enumerate([*features.inputs()]):
+            for _ in range(times):
+                node = graph.create("aten::detach", [tensor])
+                node.insertBefore(features)
+                tensor = node.output()
+            features.replaceInput(number, tensor)
 
 
 def write_aoti(graph: ExportGraph, path: Path, device: torch.device) -> tuple[str, ...]:

@@ -10,7 +10,9 @@ B images, H and W height and width of the padded batch.
 import logging
 from collections import OrderedDict
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +22,11 @@ from dsg.model.network.types import PaddedDetections
 
 _logger = logging.getLogger("dsg.model")
 
-# Larger batches keep the GPU busy for longer than their launches take; their memory is better used otherwise.
-_MOST_PIXELS = 4 << 20
-# Shapes whose graphs are kept, and shapes that are remembered as seen once.
-_MOST_GRAPHS = 16
+# One picture of 800x1344 and some more: larger batches keep a GPU busy for longer than their launches take.
+_MOST_PIXELS = 3 << 19
+# Shapes whose graphs are kept, and shapes that are remembered as seen once. Graphs share the memory of what is between
+# their inputs and outputs.
+_MOST_GRAPHS = 64
 _MOST_SEEN = 256
 
 
@@ -48,7 +51,8 @@ class Replay:
         self._recorded: OrderedDict[Hashable, _Recorded | None] = OrderedDict()  # None: does not work as a graph
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._of: Hashable = None
-        self._pool: object = None
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def infer(self, model: Detector, batch: Tensor, sizes: Tensor) -> PaddedDetections | None:
         """What `model.infer` gives, or None where there is no graph of this shape to replay.
@@ -89,19 +93,25 @@ class Replay:
     def _record(self, model: Detector, batch: Tensor, sizes: Tensor) -> _Recorded | None:
         """The graph of one shape that has been run before, so that its kernels are chosen; None where it cannot be."""
         own_batch, own_sizes = batch.clone(), sizes.clone()
+        self._stream = self._stream or torch.cuda.Stream(batch.device)
+        torch.cuda.synchronize(batch.device)
         graph = torch.cuda.CUDAGraph()
-        try:
+        # Not by `torch.cuda.graph`, which gives all cached memory back first, and the next batch would ask for it anew.
+        with torch.cuda.stream(self._stream):
             # Other threads may go on using the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
                 found = model.infer(own_batch, own_sizes)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            _logger.warning("batches of %s go without a CUDA graph: %s", list(batch.shape), reason)
-            return None
-        if self._pool is None:
-            self._pool = graph.pool()
+            except BaseException as error:
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                if isinstance(error, torch.cuda.OutOfMemoryError) or not isinstance(error, RuntimeError):
+                    raise
+                reason = str(error).partition("\n")[0]
+                _logger.warning("batches of %s go without a CUDA graph: %s", list(batch.shape), reason)
+                return None
+            graph.capture_end()
+        self._pool = self._pool or graph.pool()
         return _Recorded(graph, own_batch, own_sizes, found)
 
 

@@ -197,3 +197,9 @@ def test_r50_before_suppression(device, make_checkpoint, tmp_path, monkeypatch):
     for one, other in zip(wanted, found, strict=True):
         scale = float(one.abs().max())
         torch.testing.assert_close(torch.from_numpy(other), one.cpu(), rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_the_weights_of_the_package_as_torchscript(tmp_path):
+    # Of the size people have: there PyTorch's optimizer makes one of the lists that several calls of the op are given.
+    path = export("dsg_lite0_coco", Format.TORCHSCRIPT, tmp_path, device="cpu", say=lambda line: None)
+    assert read_contract(path).format is Format.TORCHSCRIPT
