@@ -216,8 +216,13 @@ def _by_image(
 ) -> list[Detections]:
     images = torch.cat([wanted.sum(dim=1, keepdim=True), sizes], dim=1).tolist()  # one way to the host for all numbers
     counts = [count for count, _, _ in images]
-    parts = zip(*(part.split(counts) for part in (boxes, scores, labels, probabilities)), strict=True)
-    return [Detections(*own, image_size=(height, width)) for own, (_, height, width) in zip(parts, images, strict=True)]
+    parts = zip(
+        boxes.split(counts), scores.split(counts), labels.split(counts), probabilities.split(counts), strict=True
+    )
+    return [
+        Detections(own_boxes, own_scores, own_labels, own_masks, image_size=(height, width))
+        for (own_boxes, own_scores, own_labels, own_masks), (_, height, width) in zip(parts, images, strict=True)
+    ]
 
 
 def _rescored(found: PaddedDetections, overlaps: Tensor) -> PaddedDetections:  # [B, D]

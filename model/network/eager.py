@@ -91,7 +91,7 @@ def _whole_float32(parameter: Tensor) -> Iterator[None]:
     if parameter.dtype != torch.float32 or not parameter.is_cuda:
         yield
         return
-    convolutions = torch.backends.cudnn.conv
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "ieee"
     try:

@@ -6,6 +6,7 @@ Letters: B images, C channels, H and W height and width.
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,7 +59,7 @@ class FeaturePyramid(nn.Module):
         for level in range(len(features) - 2, -1, -1):
             lateral = self._lateral(features, level)
             # to the finer level's own size: twice the coarser one is a cell too many where a side is odd
-            merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
+            merged = lateral + _repeated(merged, lateral)
             levels.append(self._smoothed(merged, level))
         levels.reverse()
         levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
@@ -69,3 +70,11 @@ class FeaturePyramid(nn.Module):
 
     def _smoothed(self, merged: Tensor, level: int) -> Tensor:
         return self.outer_norms[level](self.outer[level](merged))
+
+
+def _repeated(coarser: Tensor, finer: Tensor) -> Tensor:  # [B, C, H_l+1, W_l+1] -> [B, C, H_l, W_l]
+    """Each cell where the finer level has its own."""
+    if torch.is_autocast_enabled(coarser.device.type):  # it would do this in float32, three passes in place of one
+        with torch.autocast(coarser.device.type, enabled=False):
+            return F.interpolate(coarser, size=finer.shape[-2:], mode="nearest")
+    return F.interpolate(coarser, size=finer.shape[-2:], mode="nearest")

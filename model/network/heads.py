@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dsg.model.network.fused import by_pixel, convolve_relu, fits, fused_convolution, is_fused, linear_relu
+from dsg.model.network.fused import (
+    average_pool,
+    by_pixel,
+    convolve_relu,
+    fits,
+    fused_convolution,
+    is_fused,
+    linear_relu,
+)
 from dsg.model.network.norm import HeadNorm
 from dsg.model.network.tracing import is_traced
 
@@ -210,7 +218,7 @@ class Fusion(nn.Module):
         if added.shape[-2:] != (height, width):
             step = added.shape[-1] // width
             if (step * height, step * width) == tuple(added.shape[-2:]):
-                added = functional.avg_pool2d(added, step)  # the same, and many times quicker there and back
+                added = average_pool(added, step)  # the same, and many times quicker there and back
             else:
                 added = functional.adaptive_avg_pool2d(added, (height, width))  # [R, C, P, P]
         return features + added
