@@ -5,6 +5,7 @@ Letters: R RoIs, C channels, m side of a mask's probabilities.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from pycocotools import mask as coco_mask
@@ -12,8 +13,8 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from dsg.bench.report import Row, time_row
-from dsg.bench.timing import compare
+from dsg.bench.report import Row, measured_row
+from dsg.bench.timing import compare, compare_kernels
 from dsg.ops import encode_masks, multiscale_sg_roi_align
 
 _STRIDES = (4, 8, 16, 32)
@@ -42,18 +43,22 @@ _POOLINGS = (
 def run(device: torch.device, repeats: int, on_case: Callable[[str], None] = lambda case: None) -> list[Row]:
     """Measure every case; ratios above 1 mean that dsg.ops is the quicker one.
 
+    Pooling counts as the GPU's own time. The masks' cases end as text on the host, and count by the wall clock.
+
     Args:
         device: CPU or CUDA.
         repeats: measurements of which the median counts.
         on_case: told each case before it is measured.
     """
     rows = []
-    cases = [*_pooling_cases(device), *_mask_cases(device), _paste_case(device)]
-    if device.type == "cuda":
-        cases += _batch_cases(device)
-    for case, ours, theirs in cases:
-        on_case(case)
-        rows.append(time_row(case, *compare(ours, theirs, device, repeats)))
+    batches = _batch_cases(device) if device.type == "cuda" else ()
+    for way, cases in (
+        (compare_kernels, chain(_pooling_cases(device), batches)),
+        (compare, chain(_mask_cases(device), (_paste_case(device),))),
+    ):
+        for case, ours, theirs in cases:
+            on_case(case)
+            rows.append(measured_row(case, *way(ours, theirs, device, repeats)))
     return rows
 
 

@@ -4,11 +4,15 @@ import json
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
+
+from dsg.bench.timing import Measured
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,13 @@ class Row:
     baseline: float
     """The same figure of what it is compared with, which `case` names."""
     ratio: float
-    """baseline / value for times, value / baseline for rates: above 1 is better than the baseline."""
+    """baseline / value for times and sizes, value / baseline for rates and scores: above 1 is better."""
+    spread: tuple[float, float] | None = None
+    """10th and 90th percentile of the measurements whose median is `value`, in its unit."""
+    baseline_spread: tuple[float, float] | None = None
+    peak_mib: float | None = None
+    """Most GPU memory that the tensors of what was measured took beyond what was taken before, MiB."""
+    baseline_peak_mib: float | None = None
 
 
 def time_row(case: str, milliseconds: float, baseline: float) -> Row:
@@ -34,12 +44,50 @@ def rate_row(case: str, unit: str, rate: float, baseline: float) -> Row:
     return Row(case, round(rate, 2), unit, round(baseline, 2), round(rate / baseline, 3))
 
 
+def size_row(case: str, unit: str, size: float, baseline: float) -> Row:
+    """A row of a size, such as GiB."""
+    return Row(case, round(size, 3), unit, round(baseline, 3), round(baseline / size, 3))
+
+
+def measured_row(case: str, ours: Measured, theirs: Measured, *, images: int | None = None) -> Row:
+    """A row with spread and memory.
+
+    Args:
+        images: pictures of one measurement, where images a second are wanted in place of milliseconds.
+    """
+    if images is None:
+        row, scale = time_row(case, ours.median, theirs.median), _unchanged
+    else:
+        scale = partial(_per_second, images)
+        row = rate_row(case, "images/s", scale(ours.median), scale(theirs.median))
+    return replace(
+        row,
+        spread=_spread(ours, scale),
+        baseline_spread=_spread(theirs, scale),
+        peak_mib=None if ours.peak_mib is None else round(ours.peak_mib, 1),
+        baseline_peak_mib=None if theirs.peak_mib is None else round(theirs.peak_mib, 1),
+    )
+
+
+def _unchanged(milliseconds: float) -> float:
+    return milliseconds
+
+
+def _per_second(images: int, milliseconds: float) -> float:
+    return images * 1000 / milliseconds
+
+
+def _spread(measured: Measured, scale: Callable[[float], float]) -> tuple[float, float]:
+    low, high = sorted(scale(end) for end in measured.spread)
+    return round(low, 4), round(high, 4)
+
+
 def write(path: Path, rows: list[Row], device: torch.device, *, add: bool = False) -> None:
     """Write one file of results.
 
     Args:
         path: its stem becomes the name of the results.
-        rows: in the order to show them.
+        rows: in the order to show them; what a row does not know is left out of it.
         device: what was measured.
         add: rows that the file has already stay, but those of the same cases.
 
@@ -47,7 +95,7 @@ def write(path: Path, rows: list[Row], device: torch.device, *, add: bool = Fals
         ValueError: no commit is known; or rows are to be added to those of another device, commit or torch.
         OSError: the file cannot be written.
     """
-    entries = [asdict(row) for row in rows]
+    entries = [{name: value for name, value in asdict(row).items() if value is not None} for row in rows]
     document = {
         "name": path.stem,
         "commit": commit(),

@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dsg.cli.loading import DEFAULT_MODEL, DeviceOption, ModelOption
+from dsg.cli.loading import DEFAULT_MODEL, DeviceOption, ModelOption, PrecisionOption
+from dsg.cli.progress import progress
 
 if TYPE_CHECKING:
     from dsg.bench.report import Row
+
+_LEAST_SIDE = 64  # pixels of a picture to train on, so that the made-up objects have some
 
 
 def ops(
@@ -104,19 +107,113 @@ def model(
 
 def detector(
     out: Annotated[Path, typer.Option(help="JSON file to write; its stem is the name.", show_default=False)],
-    batch: Annotated[list[int] | None, typer.Option(help="Pictures in a batch; may be given again.", min=1)] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="On a GPU: pictures in a batch; may be given again.", show_default="1 and 16", min=1),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="On a CPU: a name of `dsg models`, or a checkpoint.", show_default=DEFAULT_MODEL),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="On a CPU: picture to show it; else a scene is made up.")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Measurements of each case; the median counts.", min=1)] = 20,
     device: DeviceOption = None,
 ) -> None:
-    """Mask R-CNN and DSG on ResNet-50, from arrays of 800x1333 to run lengths, beside torchvision's Mask R-CNN."""
+    """From arrays to run lengths, whole and by stages, beside torchvision's Mask R-CNN to its masks.
+
+    On a GPU: Mask R-CNN and DSG on ResNet-50, pictures of 800x1333. On a CPU: the default weights on one picture,
+    beside torchvision's Mask R-CNN on the same backbone.
+    """
     from dsg.bench import report
-    from dsg.bench.detector import run
+    from dsg.bench.detector import run, run_on_cpu
+    from dsg.model.network.eager import present_device
+
+    chosen = present_device(device)
+    on_gpu = chosen.type == "cuda"
+    if not on_gpu and batch:
+        raise ValueError("--batch is for a GPU; on a CPU one picture is measured")
+    if on_gpu and (model or picture):
+        raise ValueError("--model and --picture are for a CPU; on a GPU networks on ResNet-50 are measured")
+    report.commit()  # an unknown commit should show before the measuring, not after
+    say = lambda line: typer.echo(line, err=True)  # noqa: E731
+    if on_gpu:
+        rows = run(chosen, batch or [1, 16], repeats, on_case=say)
+    else:
+        rows = run_on_cpu(model or DEFAULT_MODEL, picture, repeats, on_case=say)
+    report.write(out, rows, chosen)
+    _show(rows)
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="JSON file to write; its stem is the name.", show_default=False)],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A preset; may be given again.", show_default="dsg_r50_fpn and mask_rcnn_r50_fpn"),
+    ] = None,
+    size: Annotated[str, typer.Option(metavar="HxW", help="Height and width of the pictures.")] = "800x1216",
+    batch: Annotated[int, typer.Option(help="Pictures of a step.", min=1)] = 16,
+    repeats: Annotated[int, typer.Option(help="Steps that are measured; the median counts.", min=1)] = 20,
+    device: DeviceOption = None,
+) -> None:
+    """Images a second, stages and memory of training steps, beside torchvision's Mask R-CNN on ResNet-50."""
+    from dsg.bench import report
+    from dsg.bench.training import MODELS, run
+    from dsg.model.network.eager import present_device
+    from dsg.model.network.presets import preset_config
+
+    sides = size.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) >= _LEAST_SIDE for side in sides):
+        raise ValueError(f"--size is HEIGHTxWIDTH, each at least {_LEAST_SIDE}, such as 800x1216, not {size}")
+    for name in model or MODELS:
+        preset_config(name)  # an unknown one should show before the measuring, not after
+    chosen = present_device(device)
+    report.commit()
+    say = lambda line: typer.echo(line, err=True)  # noqa: E731
+    rows = run(chosen, model or MODELS, (int(sides[0]), int(sides[1])), batch, repeats, on_case=say)
+    report.write(out, rows, chosen)
+    _show(rows)
+
+
+def precision(
+    annotations: Annotated[Path, typer.Option(help="What is right: a COCO file.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="JSON file to write; its stem is the name.", show_default=False)],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures.", show_default="images/ beside the annotations")
+    ] = None,
+    model: Annotated[str, typer.Option(help="A name that `dsg models` lists, or a checkpoint.")] = DEFAULT_MODEL,
+    fast: PrecisionOption = "auto",
+    proposals: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Another number of proposals to measure; may be given again.",
+            show_default="300 where the network has mask proposals",
+            min=1,
+        ),
+    ] = None,
+    add: Annotated[bool, typer.Option("--add", help="Keep the rows that --out has already.")] = False,
+    device: DeviceOption = None,
+) -> None:
+    """What the fast path costs: AP beside float32, and how many detections are found again."""
+    from dsg.bench import report
+    from dsg.bench.precision import run
     from dsg.model.network.eager import present_device
 
     chosen = present_device(device)
     report.commit()  # an unknown commit should show before the measuring, not after
-    rows = run(chosen, batch or [1, 16], repeats, on_case=lambda case: typer.echo(case, err=True))
-    report.write(out, rows, chosen)
+    with progress("pictures") as advance:
+        rows = run(
+            model,
+            annotations,
+            images,
+            chosen,
+            fast,  # type: ignore[arg-type]  # a text is checked there
+            proposals or (),
+            on_case=lambda case: typer.echo(case, err=True),
+            on_picture=advance,
+        )
+    report.write(out, rows, chosen, add=add)
     _show(rows)
 
 

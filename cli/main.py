@@ -31,6 +31,8 @@ bench_app.command("ops")(bench.ops)
 bench_app.command("service")(bench.service)
 bench_app.command("model")(bench.model)
 bench_app.command("detector")(bench.detector)
+bench_app.command("train")(bench.train)
+bench_app.command("precision")(bench.precision)
 bench_app.command("systems")(bench.systems)
 app.add_typer(bench_app, name="bench")
 

@@ -55,6 +55,7 @@ def test_run_gives_a_row_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ops.run(torch.device("cpu"), repeats=1, on_case=told.append)
     assert [row.case for row in rows] == told and len(rows) == 6
     assert all(isinstance(row, Row) and row.value > 0 and row.baseline > 0 for row in rows)
+    assert all(row.spread == (row.value, row.value) and row.peak_mib is None for row in rows)
 
 
 def test_unknown_formats_are_named(command: Callable, tmp_path: Path) -> None:
