@@ -196,6 +196,6 @@ def decode_rle(rle: Mapping[str, Any]) -> NDArray[np.bool_]:  # [H, W]
     return np.repeat(values, counts).reshape(width, height).T  # [W, H] -> [H, W]
 
 
-def rle_area(rle: Mapping[str, Any]) -> int:
-    """Number of pixels that are set; raises ValueError as `rle_counts` does."""
-    return int(rle_counts(rle)[1::2].sum())
+def rle_areas(rles: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Numbers of pixels that are set; raises ValueError as `rles_counts` does."""
+    return [int(counts[1::2].sum()) for counts in rles_counts(rles)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from dsg.ops.rle import rle_area
+from dsg.ops.rle import rle_areas
 from dsg.service.polygons import polygons
 from dsg.service.query import MaskFormat, Wanted
 
@@ -46,13 +46,17 @@ def coco_document(
         detections = select(picture.detections, wanted)
         height, width = detections.image_size
         images.append({"id": image_id, "file_name": picture.name, "width": width, "height": height})
-        for result in detections.to_coco(image_id, info.category_ids):
+        results = detections.to_coco(image_id, info.category_ids)
+        areas = rle_areas(
+            [result["segmentation"] for result in results]
+        )  # at once: one by one takes four times as long
+        for result, area in zip(results, areas, strict=True):
             rle = result["segmentation"]
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     **result,
-                    "area": rle_area(rle),
+                    "area": area,
                     "segmentation": _segmentation(rle, wanted.mask_format),
                     "iscrowd": 0,
                 }

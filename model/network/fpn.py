@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsg.model.network.fused import convolve_by_pixel
+from dsg.model.network.tracing import is_traced
 
 
 class FeaturePyramid(nn.Module):
@@ -62,7 +63,10 @@ class FeaturePyramid(nn.Module):
             merged = lateral + _repeated(merged, lateral)
             levels.append(self._smoothed(merged, level))
         levels.reverse()
-        levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
+        # Every other cell. Of a pooling torch 2.11 records that sides have as odd a number of cells as the example's; a
+        # slice is not the dense channels-last features that kernels want.
+        coarsest = levels[-1]
+        levels.append(coarsest[:, :, ::2, ::2] if is_traced() else F.max_pool2d(coarsest, kernel_size=1, stride=2))
         return levels
 
     def _lateral(self, features: Sequence[Tensor], level: int) -> Tensor:

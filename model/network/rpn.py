@@ -114,7 +114,10 @@ class ProposalSelector(nn.Module):
             missing = candidates if is_traced() else max(candidates - level_logits.shape[1], 0)
             padded = functional.pad(level_logits, (0, missing), value=-torch.inf)
             best, index = padded.topk(candidates, dim=1)  # [B, candidates]
-            index = index.clamp(max=level_logits.shape[1] - 1)
+            # TorchScript's sizes are tensors on the CPU, which clamp refuses beside one on a GPU; what is padded counts
+            # for nothing either way.
+            size = level_logits.shape[1]
+            index = index % size if torch.jit.is_tracing() else index.clamp(max=size - 1)
             chosen = level_deltas.gather(1, index[..., None].expand(-1, -1, 4))  # [B, candidates, 4]
             boxes.append(decode_deltas(chosen, level_anchors[index], DELTA_WEIGHTS))
             scores.append(best)

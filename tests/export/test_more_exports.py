@@ -27,7 +27,7 @@ needs_cuda_provider = pytest.mark.skipif(
 
 
 def agree(path: Path, checkpoint: Path, pictures: list[np.ndarray], device: str, atol: float = 1e-2) -> None:
-    wanted = dsg.model.load(checkpoint, device).predict(pictures, 0.3)
+    wanted = dsg.model.load(checkpoint, device, "float32").predict(pictures, 0.3)
     found = dsg.export.load(path, device).predict(pictures, 0.3)
     assert sum(map(len, wanted)) > 10
     for one, other in zip(wanted, found, strict=True):
@@ -169,7 +169,7 @@ class BeforeSuppression(torch.nn.Module):
 )
 def test_r50_before_suppression(device, make_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    network = dsg.model.load(make_checkpoint(tmp_path / "r50.safetensors", "dsg_r50_fpn"), device).model
+    network = dsg.model.load(make_checkpoint(tmp_path / "r50.safetensors", "dsg_r50_fpn"), device, "float32").model
     images = functional.interpolate(torch.rand(2, 3, 9, 12), (320, 416), mode="bicubic").clamp(0, 1)
     corner = torch.rand(40, 2) * 250
     rois = torch.cat([torch.arange(40)[:, None] % 2, corner, corner + 4 + 150 * torch.rand(40, 2)], dim=1)

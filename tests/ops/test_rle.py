@@ -12,7 +12,7 @@ from dsg.ops.rle import (
     counts_to_strings,
     decode_rle,
     encode_rle,
-    rle_area,
+    rle_areas,
     rle_counts,
     string_to_counts,
     strings_to_counts,
@@ -43,7 +43,7 @@ def test_masks_encode_as_pycocotools_does_and_come_back(mask):
     rle = encode_rle(mask)
     assert rle == oracle(mask)
     np.testing.assert_array_equal(decode_rle(rle), mask)
-    assert rle_area(rle) == mask.sum() == coco_mask.area(rle)
+    assert rle_areas([rle]) == [mask.sum()] == [coco_mask.area(rle)]
 
 
 @pytest.mark.parametrize("size", [1, 7, 60, 500, 4000])

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dsg.model.training.evaluation import evaluate_results, format_table, max_objects_in_an_image
-from dsg.ops.rle import encode_rle, rle_area, string_to_counts
+from dsg.ops.rle import encode_rle, rle_areas, string_to_counts
 
 
 def rectangle(x, y, w, h):
@@ -316,7 +316,7 @@ def test_masks_decide_the_size_of_a_found_mask():
     annotations = document({1: [(1, (0, 0, 20, 20)), (1, (100, 50, 110, 110))]})
     wrong = {"image_id": 1, "category_id": 1, "bbox": [150, 0, 120, 120], "score": 0.99}
     wrong["segmentation"] = box_mask((280, 0, 10, 10), (200, 300))
-    assert rle_area(wrong["segmentation"]) == 100
+    assert rle_areas([wrong["segmentation"]]) == [100]
     evaluation = evaluate_results(annotations, [wrong, *results_of(annotations)])
     assert evaluation.bbox["APs"] == pytest.approx(1.0) and evaluation.bbox["APl"] == pytest.approx(0.5)
     assert evaluation.segm["APs"] == pytest.approx(0.5) and evaluation.segm["APl"] == pytest.approx(1.0)
