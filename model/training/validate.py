@@ -16,6 +16,7 @@ from torch import nn
 from dsg.model.data.pixels import read_picture
 from dsg.model.data.records import Annotation, CocoData, ImageRecord
 from dsg.model.network.checkpoint import Category, CheckpointInfo
+from dsg.model.network.detections import with_counts
 from dsg.model.network.predictor import Predictor, PreparedImage
 from dsg.model.training import distributed
 from dsg.model.training.evaluation import evaluate_results
@@ -64,9 +65,11 @@ def results_of(
 
     def run(bucket: list[tuple[ImageRecord, PreparedImage]]) -> None:
         detections = predictor.detect([prepared for _, prepared in bucket])
+        detections = [found.select(score_threshold, max_detections) for found in detections]
+        if any(getattr(found.mask_probs, "is_cuda", False) for found in detections):
+            detections = with_counts(detections)  # there it takes a fraction of what threads take here
         for (record, _), found in zip(bucket, detections, strict=True):
-            found = found.to("cpu").select(score_threshold, max_detections)
-            encoded.append(pool.submit(encode, record, found))
+            encoded.append(pool.submit(encode, record, found.to("cpu")))
             on_picture()
 
     # Pictures of one size follow each other, so that buckets fill up and few are left half full.
