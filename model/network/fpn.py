@@ -78,7 +78,9 @@ class FeaturePyramid(nn.Module):
 
 def _repeated(coarser: Tensor, finer: Tensor) -> Tensor:  # [B, C, H_l+1, W_l+1] -> [B, C, H_l, W_l]
     """Each cell where the finer level has its own."""
-    if torch.is_autocast_enabled(coarser.device.type):  # it would do this in float32, three passes in place of one
-        with torch.autocast(coarser.device.type, enabled=False):
+    kind = coarser.device.type
+    # Autocast would do this in float32, three passes in place of one.
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
             return F.interpolate(coarser, size=finer.shape[-2:], mode="nearest")
     return F.interpolate(coarser, size=finer.shape[-2:], mode="nearest")
