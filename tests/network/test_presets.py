@@ -51,8 +51,8 @@ def test_sizes_of_table_1():
 
 def test_arithmetic_by_hand():
     """Switches change it by the multiply-adds of their layers: MPN 14 * 14 * (4 * 9 * 256^2 + 4 * 256^2 + 4 * 256) for
-    each of 1,000 proposals (its output has 28 x 28 cells); its four convolutions, 14 * 14 * 4 * 9 * 256^2, again for each
-    of 100 detections where their mask head is given its features; a fusion 14 * 14 * 9 * 256^2."""
+    each of 1,000 proposals (its output has 28 x 28 cells); its four convolutions, 14 * 14 * 4 * 9 * 256^2, again for
+    each of 100 detections where their mask head is given its features; a fusion 14 * 14 * 9 * 256^2."""
     baseline, mrpn, fuse_mask, _, fuse_box, _ = (cost.gflops for cost in table_1())
     mpn = 196 * (4 * 9 * 256**2 + 4 * 256**2 + 4 * 256) / 1e9
     fusion = 196 * 9 * 256**2 / 1e9
