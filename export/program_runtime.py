@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 import dsg.ops  # the files call torch.ops.dsg, and hold no kernels
-from dsg.export.contract import OUTPUTS, Contract, ExportError, Format
+from dsg.export.contract import Contract, ExportError, Format
 from dsg.model.network.batch import stack_images
 from dsg.model.network.detections import Detections
+from dsg.model.network.detector import without_padding
 from dsg.model.network.eager import prepare_tensor, present_device, to_original
 from dsg.model.network.info import Resize
 from dsg.model.network.predictor import PreparedImage, Runtime
+from dsg.model.network.types import PaddedDetections
 
-_PARTS = ("boxes", "scores", "labels", "mask_probs")
 Program = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 
@@ -62,11 +63,6 @@ class ProgramRuntime(Runtime):
     def detect(self, prepared: Sequence[PreparedImage], score_threshold: float) -> list[Detections]:
         pictures = [item.pixels.to(self.device, non_blocking=True) for item in prepared]
         batch, sizes = stack_images([p.float() / 255 if p.dtype == torch.uint8 else p.float() for p in pictures])
-        found = dict(zip(OUTPUTS, self._program(batch, sizes), strict=True))
-        wanted = found["valid"] & (found["scores"] >= score_threshold)  # [B, K]
-        results = []
-        for number, item in enumerate(prepared):
-            rows = wanted[number].nonzero()[:, 0]  # [n]
-            boxes, scores, labels, masks = (found[name][number, rows] for name in _PARTS)
-            results.append(to_original(Detections(boxes, scores, labels, masks, item.original_size), item))
-        return results
+        padded = PaddedDetections(*self._program(batch, sizes))  # its fields are `contract.OUTPUTS`, see `ExportGraph`
+        found = without_padding(padded, sizes, score_threshold)
+        return [to_original(one, item) for one, item in zip(found, prepared, strict=True)]

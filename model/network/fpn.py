@@ -4,6 +4,7 @@ Letters: B images, C channels, H and W height and width.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -80,7 +81,6 @@ def _repeated(coarser: Tensor, finer: Tensor) -> Tensor:  # [B, C, H_l+1, W_l+1]
     """Each cell where the finer level has its own."""
     kind = coarser.device.type
     # Autocast would do this in float32, three passes in place of one.
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            return F.interpolate(coarser, size=finer.shape[-2:], mode="nearest")
-    return F.interpolate(coarser, size=finer.shape[-2:], mode="nearest")
+    under_autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if under_autocast else nullcontext():
+        return F.interpolate(coarser, size=finer.shape[-2:], mode="nearest")

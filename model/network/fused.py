@@ -30,26 +30,21 @@ def is_fused(x: Tensor) -> bool:
     )
 
 
-def convolve_relu(convolution: nn.Conv2d, x: Tensor) -> Tensor:  # [B, C_in, H, W] -> [B, C, ...]
-    """relu(convolution(x))."""
-    if not fits(convolution, x) or convolution.bias is None:
-        return functional.relu(convolution(x), inplace=True)
-    return fused_convolution(convolution, x, convolution.weight, convolution.bias, None)
-
-
-def convolve_add_relu(convolution: nn.Conv2d, x: Tensor, other: Tensor) -> Tensor:
-    """relu(convolution(x) + other); `other` has the shape of the result."""
-    if not fits(convolution, x) or convolution.bias is None or not is_fused(other):
-        out = convolution(x)
+def convolve_relu(convolution: nn.Conv2d, x: Tensor, other: Tensor | None = None) -> Tensor:
+    """relu(convolution(x) + other) of x [B, C_in, H, W]; `other` has the shape of the result, None is nothing."""
+    if fits(convolution, x, other) and convolution.bias is not None:
+        return fused_convolution(convolution, x, convolution.weight, convolution.bias, other)
+    out = convolution(x)
+    if other is not None:
         out += other
-        return functional.relu(out, inplace=True)
-    return fused_convolution(convolution, x, convolution.weight, convolution.bias, other)
+    return functional.relu(out, inplace=True)
 
 
-def fits(convolution: nn.Conv2d, x: Tensor) -> bool:
-    """Whether `fused_convolution` can take a convolution and its input [B, C_in, H, W]."""
+def fits(convolution: nn.Conv2d, x: Tensor, other: Tensor | None = None) -> bool:
+    """Whether `fused_convolution` can take a convolution, its input [B, C_in, H, W], and what is added."""
     return (
         is_fused(x)
+        and (other is None or is_fused(other))
         and x.numel() > 0
         and convolution.groups == 1
         and not isinstance(convolution.padding, str)

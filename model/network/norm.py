@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsg.model.network.fused import convolve_add_relu, convolve_relu, fits, fused_convolution, is_fused
+from dsg.model.network.fused import convolve_relu, fits, fused_convolution
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -106,8 +106,8 @@ def convolve_and_normalise(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -
 def convolve_normalise_relu(convolution: nn.Conv2d, norm: nn.Module, x: Tensor, other: Tensor | None = None) -> Tensor:
     """`relu(norm(convolution(x)))`, with `other`, of the result's shape, added before the ReLU; arguments as above."""
     if isinstance(norm, nn.Identity):
-        return convolve_relu(convolution, x) if other is None else convolve_add_relu(convolution, x, other)
-    if isinstance(norm, FrozenBatchNorm2d) and fits(convolution, x) and (other is None or is_fused(other)):
+        return convolve_relu(convolution, x, other)
+    if isinstance(norm, FrozenBatchNorm2d) and fits(convolution, x, other):
         scale, shift = norm.scale_and_shift()
         return fused_convolution(convolution, x, convolution.weight * scale.view(-1, 1, 1, 1), shift, other)
     out = convolve_and_normalise(convolution, norm, x)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,13 +50,23 @@ def test_both_sides_train_the_same_stages() -> None:
     assert batch.image_sizes == [(64, 96)]
 
 
-def test_rows(command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def rows_of(command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """Rows that `dsg bench train` writes for batches of two."""
     monkeypatch.setenv("DSG_COMMIT", "abc123")
-    out = tmp_path / "train.json"
-    options = ("--model", "mask_rcnn_lite0_fpn", "--size", "64x96", "--batch", 2, "--repeats", 1, "--device", "cpu")
-    ran = command("bench", "train", "--out", out, *options)
-    assert ran.code == 0, ran.err
-    whole, *stages = json.loads(out.read_text())["rows"]
+
+    def rows(*options: object) -> list[dict[str, Any]]:
+        out = tmp_path / "train.json"
+        ran = command("bench", "train", "--out", out, "--batch", 2, *options)
+        assert ran.code == 0, ran.err
+        found: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
+        return found
+
+    return rows
+
+
+def test_rows(rows_of: Callable) -> None:
+    whole, *stages = rows_of("--model", "mask_rcnn_lite0_fpn", "--size", "64x96", "--repeats", 1, "--device", "cpu")
     case = "training mask_rcnn_lite0_fpn, batch 2 of 64x96, float32"
     assert whole["case"] == f"{case}; baseline torchvision's Mask R-CNN R-50" and whole["unit"] == "images/s"
     assert [row["case"].removeprefix(f"{case}, ").partition(" ")[0] for row in stages] == [
@@ -79,13 +90,8 @@ def test_mistakes(command: Callable, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_memory_rows(command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DSG_COMMIT", "abc123")
-    out = tmp_path / "train.json"
-    options = ("--model", "dsg_r50_fpn", "--size", "256x320", "--batch", 2, "--repeats", 2, "--device", "cuda")
-    ran = command("bench", "train", "--out", out, *options)
-    assert ran.code == 0, ran.err
-    rows = json.loads(out.read_text())["rows"]
+def test_memory_rows(rows_of: Callable) -> None:
+    rows = rows_of("--model", "dsg_r50_fpn", "--size", "256x320", "--repeats", 2, "--device", "cuda")
     assert [row["unit"] for row in rows] == ["images/s", "ms", "ms", "ms", "GiB"]
     # the same batch of two, measured twice
     assert rows[-1]["value"] == pytest.approx(rows[0]["peak_mib"] / 1024, rel=0.05)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dsg.model.network import fused, heads, norm, rpn
+from dsg.model.network import fused, heads, rpn
 from dsg.model.network.batch import normalise
 from dsg.model.network.build import build
 from dsg.model.network.fpn import FeaturePyramid
@@ -41,7 +41,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", convolve_and_add)
 
     def switch(on: bool) -> None:
-        for room in (fused, heads, rpn, norm):
+        for room in (fused, heads, rpn):
             monkeypatch.setattr(room, "is_fused", lambda x: on)
 
     return switch
@@ -75,7 +75,7 @@ def test_one_kernel_has_the_gradients_of_the_layers(kernels, stride):
     convolution = torch.nn.Conv2d(8, 16, 3, stride, padding=1).double()
     x, other = features(2, 8, 6), features(2, 16, 6 // stride)
     assert_same_training(convolution, lambda x: fused.convolve_relu(convolution, x), kernels, x)
-    assert_same_training(convolution, lambda x, z: fused.convolve_add_relu(convolution, x, z), kernels, x, other)
+    assert_same_training(convolution, lambda x, z: fused.convolve_relu(convolution, x, z), kernels, x, other)
 
 
 def test_a_frozen_norm_in_the_kernel_has_the_gradients_of_the_layers(kernels):
@@ -194,7 +194,7 @@ def test_one_kernel_gives_what_the_layers_give(dtype, stride):
     found = fused.convolve_relu(convolution, x)
     assert found.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(found.float(), functional.relu(plain), **tolerance)
-    added = fused.convolve_add_relu(convolution, x, other)
+    added = fused.convolve_relu(convolution, x, other)
     torch.testing.assert_close(added.float(), functional.relu(plain + other.float()), **tolerance)
 
 
@@ -211,7 +211,7 @@ def test_a_step_in_half_precision_has_the_losses_and_gradients_of_the_plain_one(
     targets = [{"boxes": box, "labels": torch.tensor([2], device="cuda"), "masks": masks} for _ in images]
 
     def step(on: bool):
-        for room in (fused, heads, rpn, norm):
+        for room in (fused, heads, rpn):
             monkeypatch.setattr(room, "is_fused", IS_FUSED if on else lambda x: False)
         model.zero_grad()
         torch.manual_seed(1)
