@@ -69,7 +69,7 @@ class Replay:
         if state != self._of:
             self._recorded.clear()
             self._seen.clear()
-            self._of, self._pool = state, None
+            self._of, self._pool, self._stream = state, None, None  # it may be on another GPU now
         key = (tuple(batch.shape), batch.dtype, batch.stride())
         if key not in self._recorded:
             if key not in self._seen:
