@@ -106,8 +106,16 @@ class Load:
             status = 0  # gone, too late, or no HTTP
         return Answer(status, time.perf_counter() - due)
 
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            await _close(writer)  # servers close what was idle for some seconds
+        return await asyncio.open_connection(_HOST, self._port)
+
     async def _exchange(self, request: bytes) -> int:
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(_HOST, self._port)
+        reader, writer = await self._connection()
         keep = False
         try:
             writer.write(request)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dsg.model.network.pixels import SeveralFramesError, UnknownRangeError, upright_rgb
+from dsg.service.jpeg import jpeg_pixels
 from dsg.service.problems import Problem
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -56,7 +57,8 @@ def decode_picture(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     """
     try:
         with _open(data, max_pixels) as image:
-            return np.array(upright_rgb(image))
+            fast = jpeg_pixels(image, data)
+            return np.array(upright_rgb(image)) if fast is None else fast
     except Problem:
         raise
     except SeveralFramesError as error:

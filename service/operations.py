@@ -27,7 +27,7 @@ class ReloadBody(BaseModel):
     """Name of a file in the model folder, with or without its ending."""
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:  # async: FastAPI runs other functions on a thread of their own
     """The service of the application that a request came to."""
     service: Service = request.app.state.service
     return service

@@ -15,7 +15,7 @@ from dsg.model.network.detections import lowest_of
 from dsg.service.admission import Hold
 from dsg.service.batching import DeadlinePassed, DeviceLost, DeviceStopped, Outcome, OutOfMemory
 from dsg.service.body import Upload
-from dsg.service.decode import decode_picture, pixels_of
+from dsg.service.decode import decode_picture
 from dsg.service.encode import Answered, coco_document, to_json
 from dsg.service.models import ServedModel
 from dsg.service.overlay import draw_instances, to_png
@@ -33,6 +33,8 @@ class Job:
 
     uploads: list[Upload]
     """Emptied once they are decoded."""
+    pixels: int
+    """Of all of them, as their headers say."""
     wanted: Wanted
     media_type: str
     """Of the answer: `application/json` or `image/png`."""
@@ -53,8 +55,7 @@ async def answer(service: Service, job: Job, hold: Hold, log: dict[str, Any], st
     """
     started = time.monotonic()
     hold.take("pictures", len(job.uploads))
-    cap = service.settings.max_pixels
-    hold.take("pixels", await service.decoding(lambda: sum(pixels_of(one.data, cap) for one in job.uploads)))
+    hold.take("pixels", job.pixels)
     pictures = await _decode(service, job)
     decoded = time.monotonic()
     names = [upload.name for upload in job.uploads]

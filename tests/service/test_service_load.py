@@ -54,6 +54,23 @@ def test_closed_loop_and_failures() -> None:
     assert gone.share(0) == 1 and gone.rate() == 0 and gone.percentile(0.99) == 0
 
 
+def test_a_connection_that_the_server_closed_while_it_was_idle_is_not_used() -> None:
+    async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"--b--")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async def ask_twice() -> list[Answer]:
+        async with await asyncio.start_server(once, "127.0.0.1", 0) as server:
+            async with Load(server.sockets[0].getsockname()[1], "/", PICTURES, deadline_s=30) as load:
+                first = await load._ask(load._requests[0], 0.0)
+                while not load._idle[0][0].at_eof():
+                    await asyncio.sleep(0)
+                return [first, await load._ask(load._requests[0], 0.0)]
+
+    assert [one.status for one in asyncio.run(ask_twice())] == [200, 200]
+
+
 def test_percentiles_goodput_and_shares_by_hand() -> None:
     answers = [Answer(200, 0.1 * number) for number in range(1, 11)] + [Answer(429, 0.01), Answer(504, 2.0)]
     measured = Measured(answers, seconds=2.0)

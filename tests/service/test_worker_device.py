@@ -134,12 +134,26 @@ def test_a_picture_that_kills_workers_fails_alone(device: WorkerDevice) -> None:
     batcher.close(WAIT)
 
 
-@pytest.mark.parametrize("pixels", [torch.arange(24, dtype=torch.uint8).reshape(3, 2, 4), np.ones((3, 5, 7), "f4")])
+ROWS_COLUMNS_COLOURS = np.arange(30, dtype=np.uint8).reshape(2, 5, 3)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        torch.arange(24, dtype=torch.uint8).reshape(3, 2, 4),
+        np.ones((3, 5, 7), "f4"),
+        torch.from_numpy(ROWS_COLUMNS_COLOURS).permute(2, 0, 1),  # as a decoder has them
+        ROWS_COLUMNS_COLOURS.transpose(2, 0, 1),
+        torch.arange(90).reshape(3, 5, 6)[:, ::2, 1:3],
+    ],
+)
 def test_pixels_are_shared_as_they_are(pixels: torch.Tensor | np.ndarray) -> None:
     before = len(os.listdir("/proc/self/fd"))
     one = SharedPixels(pixels)
     again = open_shared(os.dup(one.file), one.layout)
     assert type(again) is type(pixels) and again.shape == pixels.shape and (again == pixels).all()
+    if pixels.shape == (3, 2, 5):
+        assert np.asarray(again).strides == np.asarray(pixels).strides  # not turned round
     del one
     assert len(os.listdir("/proc/self/fd")) <= before + 1  # the mapping's own
     assert (again == pixels).all()  # it holds the memory
