@@ -24,6 +24,7 @@ from dsg.export.onnx_runtime import OnnxNetwork
 from dsg.export.program_runtime import load_program
 from dsg.export.writing import export
 from dsg.model.network import predictor
+from dsg.model.network.float32 import whole_float32
 from dsg.model.network.sizes import padded_size, resized_size
 
 _PHOTO = (480, 640)  # (height, width), before the resize that the model asks for
@@ -66,7 +67,7 @@ def run(
     network = loaded.model
     size = padded_size(*resized_size(*_PHOTO, loaded.info.resize))
     rows = []
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), whole_float32():
         runs: dict[Way, Run] = {
             Way.EAGER: lambda images, sizes: network.infer(images.half() if half else images, sizes)
         }

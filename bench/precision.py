@@ -40,7 +40,7 @@ def run(
         annotations, images: COCO file, and the folder of its pictures; None is images/ beside the file.
         device: CPU or CUDA.
         precision: of the fast path; "auto" is float16 on a GPU, and float32 on a CPU.
-        proposals: numbers of them; none given: 300 where the network has mask proposals.
+        proposals: numbers of them; none given: 300 where the network has mask proposals, and more of them.
         on_case: told each case before it is measured.
         on_picture: pictures done, and of how many, in the present case.
 
@@ -66,7 +66,7 @@ def run(
     on_case(f"{name}, float32")
     reference = results(plain)
     del plain
-    numbers = list(proposals) or ([_PROPOSALS] if config.mrpn else [])
+    numbers = list(proposals) or ([_PROPOSALS] if config.mrpn and config.proposals > _PROPOSALS else [])
     rows = []
     for number in (None, *numbers):
         fast = load(model, device, precision, number)

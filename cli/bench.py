@@ -188,7 +188,7 @@ def precision(
         list[int] | None,
         typer.Option(
             help="Another number of proposals to measure; may be given again.",
-            show_default="300 where the network has mask proposals",
+            show_default="300 where the network has more",
             min=1,
         ),
     ] = None,

@@ -45,7 +45,9 @@ class ExportGraph(nn.Module):
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """images float32 [B, 3, H, W], sizes int64 [B, 2] -> the tensors of `contract.OUTPUTS`."""
         height, width = images.shape[-2:]
-        padded = functional.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
+        # So many times 32: torch.export then knows that the sides of levels are even, and records no guard of it.
+        full_height, full_width = (STRIDE * ((side + STRIDE - 1) // STRIDE) for side in (height, width))
+        padded = functional.pad(images, (0, full_width - width, 0, full_height - height))
         found = self.detector.infer(padded.half() if self._half else padded, sizes)
         assert found._fields == tuple(OUTPUTS)
         return tuple(found)

@@ -38,7 +38,6 @@ class OnnxNetwork:
         path: the file, already checked.
         device: "cpu", "cuda", "cuda:1"; None is a GPU where onnxruntime has one.
         with_library: run the op by the native library where that is there.
-        exact: no TensorFloat-32 on a GPU, which rounds the numbers that convolutions multiply to 10 bits.
         profile: prefix of a profile to write, None for none.
 
     Raises:
@@ -51,10 +50,9 @@ class OnnxNetwork:
         path: Path,
         device: str | None,
         with_library: bool = True,
-        exact: bool = False,
         profile: str | None = None,
     ) -> None:
-        self.device, providers = _providers(device, exact)
+        self.device, providers = _providers(device)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # warnings are about how it places nodes, and help no user
         self.has_library = with_library and os.environ.get("DSG_OPS") != "reference" and _register(options)
@@ -111,7 +109,7 @@ def _tensor_pixels(image: Any) -> NDArray[Any]:
     return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
 
 
-def _providers(device: str | None, exact: bool) -> tuple[str, list[Any]]:
+def _providers(device: str | None) -> tuple[str, list[Any]]:
     """The device's name, and what onnxruntime is to use for it."""
     device = None if device is None else str(device)
     if device is not None and re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
@@ -127,7 +125,8 @@ def _providers(device: str | None, exact: bool) -> tuple[str, list[Any]]:
         )
     onnxruntime.preload_dlls()  # CUDA's libraries from the wheels of NVIDIA or torch, where they lie in no system path
     number = int(device.partition(":")[2] or 0)
-    return device, [(_CUDA, {"device_id": number, "use_tf32": 0 if exact else 1}), _CPU]
+    # float32 in float32, see dsg.model.network.float32.
+    return device, [(_CUDA, {"device_id": number, "use_tf32": 0}), _CPU]
 
 
 def _has_gpu() -> bool:

@@ -17,6 +17,7 @@ from dsg.model.network.batch import stack_images
 from dsg.model.network.detections import Detections
 from dsg.model.network.detector import without_padding
 from dsg.model.network.eager import prepare_tensor, present_device, to_original
+from dsg.model.network.float32 import whole_float32
 from dsg.model.network.info import Resize
 from dsg.model.network.predictor import PreparedImage, Runtime
 from dsg.model.network.types import PaddedDetections
@@ -63,6 +64,8 @@ class ProgramRuntime(Runtime):
     def detect(self, prepared: Sequence[PreparedImage], score_threshold: float) -> list[Detections]:
         pictures = [item.pixels.to(self.device, non_blocking=True) for item in prepared]
         batch, sizes = stack_images([p.float() / 255 if p.dtype == torch.uint8 else p.float() for p in pictures])
-        padded = PaddedDetections(*self._program(batch, sizes))  # its fields are `contract.OUTPUTS`, see `ExportGraph`
+        with whole_float32():
+            outputs = self._program(batch, sizes)
+        padded = PaddedDetections(*outputs)  # its fields are `contract.OUTPUTS`, see `ExportGraph`
         found = without_padding(padded, sizes, score_threshold)
         return [to_original(one, item) for one, item in zip(found, prepared, strict=True)]

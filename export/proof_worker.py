@@ -23,19 +23,19 @@ def main(file: str, batches: str, results: str, device: str, *options: str) -> N
         sys.modules["torch"] = None  # type: ignore[assignment]  # whoever imports it now fails
         from dsg.export.onnx_runtime import OnnxNetwork
 
-        run = OnnxNetwork(path, device, with_library="plain" not in options, exact=True)
+        run = OnnxNetwork(path, device, with_library="plain" not in options)
     else:
         import torch
 
         from dsg.export.loading import check_trust
         from dsg.export.program_runtime import load_program
+        from dsg.model.network.float32 import whole_float32
 
         check_trust(path, contract)
-        torch.backends.cudnn.allow_tf32 = False  # as the model beside it
         program = load_program(path, contract, torch.device(device))
 
         def run(images: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:  # type: ignore[misc]
-            with torch.inference_mode():
+            with torch.inference_mode(), whole_float32():
                 outputs = program(torch.from_numpy(images).to(device), torch.from_numpy(sizes).to(device))
             return {name: output.cpu().numpy() for name, output in zip(OUTPUTS, outputs, strict=True)}
 

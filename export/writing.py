@@ -26,6 +26,7 @@ from dsg.export.proof import FLOAT16, FLOAT32, NOTHING, Arrays, Comparison, Tole
 from dsg.export.proof_cases import Case, cases_of_pictures, made_up_cases
 from dsg.model.network import predictor
 from dsg.model.network.detector import Detector
+from dsg.model.network.float32 import whole_float32
 from dsg.model.network.sizes import STRIDE
 
 _WRITERS: dict[Format, Callable[[ExportGraph, Path, torch.device], tuple[str, ...]]] = {
@@ -87,7 +88,8 @@ def export(
     with tempfile.TemporaryDirectory(prefix=".dsg-export-", dir=out) as folder:
         written = Path(folder) / f"model{kind.suffix}"
         say(f"writing {kind} of {info.name}" + (" (takes minutes)" if kind is Format.AOTI else ""))
-        ops = _WRITERS[kind](ExportGraph(detector, half, channels_last=kind is not Format.ONNX), written, target)
+        with whole_float32():
+            ops = _WRITERS[kind](ExportGraph(detector, half, channels_last=kind is not Format.ONNX), written, target)
         contract = attach(written, replace(contract, ops=ops))
         if contract.ops_are_needed:
             say(f"whoever loads it must have loaded these operators before: {', '.join(contract.ops)}")
@@ -161,8 +163,7 @@ def _run_eager(detector: Detector, case: Case, device: torch.device) -> Arrays:
     height, width = images.shape[-2:]
     padded = functional.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
     dtype = next(detector.parameters()).dtype
-    # TensorFloat-32 rounds differently with every algorithm that a GPU library picks: nothing to compare with.
-    with torch.backends.cudnn.flags(allow_tf32=False, enabled=True, benchmark=False):
+    with whole_float32():
         outputs = detector.infer(padded.to(dtype), torch.from_numpy(case.sizes).to(device))
     return {name: output.cpu().numpy() for name, output in zip(OUTPUTS, outputs, strict=True)}
 

@@ -47,7 +47,7 @@ class SharedPixels:
         self.layout = Layout(lying.shape, tuple(map(order.index, range(array.ndim))), array.dtype.str, is_tensor)
         self.file = os.memfd_create("dsg-picture")
         weakref.finalize(self, os.close, self.file)
-        rest = memoryview(lying).cast("B")
+        rest = lying.data.cast("B")
         while rest:
             rest = rest[os.write(self.file, rest) :]
 

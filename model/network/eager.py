@@ -2,8 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, cast
@@ -17,6 +16,7 @@ from dsg.model.network.checkpoint import load_checkpoint
 from dsg.model.network.constants import constant
 from dsg.model.network.detections import Detections
 from dsg.model.network.detector import Detector, without_padding
+from dsg.model.network.float32 import whole_float32
 from dsg.model.network.image_tensor import image_tensor, resize
 from dsg.model.network.info import CheckpointInfo, Resize
 from dsg.model.network.norm import fold_norms
@@ -69,7 +69,7 @@ class EagerRuntime(Runtime):
         ours = isinstance(self.model, Detector)
         if not ours or any(image.dtype != torch.uint8 for image in images):
             images = [_as_float(image, parameter.dtype) for image in images]
-        with _whole_float32(parameter):
+        with whole_float32():
             results = self._found(images, score_threshold) if ours else self.model(images)
         return [to_original(found, item) for found, item in zip(results, prepared, strict=True)]
 
@@ -82,22 +82,6 @@ class EagerRuntime(Runtime):
         if padded is None:
             return model.detect(batch, sizes, score_threshold)
         return without_padding(padded, sizes, score_threshold)
-
-
-@contextmanager
-def _whole_float32(parameter: Tensor) -> Iterator[None]:
-    """float32 convolutions in float32: TF32, torch's default on a GPU, keeps ten bits, and what is rounded away differs
-    with the size of the batch, so that a picture's masks would depend on the others."""
-    if parameter.dtype != torch.float32 or not parameter.is_cuda:
-        yield
-        return
-    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
 
 
 def _as_float(pixels: Tensor, dtype: torch.dtype) -> Tensor:

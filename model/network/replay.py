@@ -1,7 +1,7 @@
-"""CUDA graphs of small batches at test time.
+"""CUDA graphs at test time.
 
-A GPU runs the kernels of one picture in less time than Python takes to launch them. From the second batch of a shape on
-they are launched all at once: everything between the pixels and the padded detections has static shapes and asks the
+A GPU runs the kernels of a few pictures in less time than Python takes to launch them. From the second batch of a shape
+on they are launched all at once: everything between the pixels and the padded detections has static shapes and asks the
 host nothing. The graphs hold no compiled code, so a restart makes them again in a fraction of a second.
 
 B images, H and W height and width of the padded batch.
@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,12 +23,15 @@ from dsg.model.network.types import PaddedDetections
 
 _logger = logging.getLogger("dsg.model")
 
-# One picture of 800x1344 and some more: larger batches keep a GPU busy for longer than their launches take.
-_MOST_PIXELS = 3 << 19
+# Graphs of one network share their memory, about 800 bytes for each pixel of the largest batch, which is an eighth of
+# the GPU's at most: eleven pictures of 800x1344 on a card of 80 GB. Larger batches keep a GPU busy for longer than
+# their launches take.
+_BYTES_OF_PIXEL = 800
+_SHARE_OF_MEMORY = 8
 # Shapes whose graphs are kept, and shapes that are remembered as seen once. Graphs share the memory of what is between
 # their inputs and outputs.
-_MOST_GRAPHS = 64
-_MOST_SEEN = 256
+_MOST_GRAPHS = 128
+_MOST_SEEN = 1024
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Replay:
             model: in eval mode, no gradients wanted.
             batch: Tensor[B, 3, H, W]; sizes: int64 [B, 2]; as `Detector.infer` takes them.
         """
-        if not batch.is_cuda or batch.shape[0] * batch.shape[2] * batch.shape[3] > _MOST_PIXELS:
+        if not batch.is_cuda or batch.shape[0] * batch.shape[2] * batch.shape[3] > _most_pixels(batch.device):
             return None
         state = _state_of(model)
         if state != self._of:
@@ -113,6 +117,12 @@ class Replay:
             graph.capture_end()
         self._pool = self._pool or graph.pool()
         return _Recorded(graph, own_batch, own_sizes, found)
+
+
+@cache
+def _most_pixels(device: torch.device) -> int:
+    """Of a batch that becomes a graph."""
+    return int(torch.cuda.get_device_properties(device).total_memory) // (_SHARE_OF_MEMORY * _BYTES_OF_PIXEL)
 
 
 def _state_of(model: Detector) -> Hashable:

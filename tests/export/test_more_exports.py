@@ -20,6 +20,7 @@ from dsg.export.onnx_ops import OPSET, translations
 from dsg.export.onnx_runtime import OnnxNetwork
 from dsg.export.op_library import OP_LIBRARY
 from dsg.export.writing import export
+from dsg.model.network.float32 import whole_float32
 
 needs_cuda_provider = pytest.mark.skipif(
     "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="this onnxruntime has no CUDA"
@@ -101,14 +102,12 @@ def test_compiled_package_on_a_gpu(half, checkpoint, pictures, tmp_path, monkeyp
     path = export(checkpoint, Format.AOTI, tmp_path, device="cuda", half=half)
     assert read_contract(path).device == "cuda"
     if not half:
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         agree(path, checkpoint, pictures, "cuda", atol=0.1)
 
 
 @pytest.mark.gpu
 def test_torchscript_traced_on_a_cpu_runs_on_a_gpu(torchscript_file, checkpoint, pictures, monkeypatch):
     monkeypatch.setenv("DSG_TRUST_CODE", "1")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     agree(torchscript_file.path, checkpoint, pictures, "cuda", atol=0.1)
 
 
@@ -118,7 +117,7 @@ def test_torchscript_traced_on_a_cpu_runs_on_a_gpu(torchscript_file, checkpoint,
 def test_onnx_on_a_gpu(with_library, onnx_file, checkpoint, pictures, tmp_path):
     if with_library and not OP_LIBRARY.is_file():
         pytest.skip("the library is not built here")
-    network = OnnxNetwork(onnx_file.path, "cuda", with_library, exact=True, profile=str(tmp_path / "profile"))
+    network = OnnxNetwork(onnx_file.path, "cuda", with_library, profile=str(tmp_path / "profile"))
     images = functional.interpolate(torch.rand(3, 3, 9, 12), (192, 256), mode="bicubic").clamp(0, 1)
     sizes = torch.tensor([[192, 256], [100, 200], [0, 0]])
     found = network(images.numpy(), sizes.numpy())
@@ -171,8 +170,7 @@ class BeforeSuppression(torch.nn.Module):
         pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda_provider]),
     ],
 )
-def test_r50_before_suppression(device, make_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_r50_before_suppression(device, make_checkpoint, tmp_path):
     network = dsg.model.load(make_checkpoint(tmp_path / "r50.safetensors", "dsg_r50_fpn"), device, "float32").model
     images = functional.interpolate(torch.rand(2, 3, 9, 12), (320, 416), mode="bicubic").clamp(0, 1)
     corner = torch.rand(40, 2) * 250
@@ -196,7 +194,7 @@ def test_r50_before_suppression(device, make_checkpoint, tmp_path, monkeypatch):
     providers = on_gpu if device == "cuda" else ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=providers)
     found = session.run(None, dict(zip(("images", "sizes", "rois"), (tensor.numpy() for tensor in given), strict=True)))
-    with torch.inference_mode():
+    with torch.inference_mode(), whole_float32():
         wanted = BeforeSuppression(network)(*moved)
     for one, other in zip(wanted, found, strict=True):
         scale = float(one.abs().max())
