@@ -75,8 +75,9 @@ def test_rows(
     assert all(0 <= row["value"] <= 100 for row in rows)
 
 
-def test_mask_proposals_are_measured_at_300(
-    command: Callable, annotations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("own", [200, 301])
+def test_more_than_300_mask_proposals_are_measured_at_300(
+    command: Callable, annotations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: int
 ) -> None:
     from dsg.model import build
     from dsg.model.network.checkpoint import Category, CheckpointInfo, Resize, save_checkpoint
@@ -86,19 +87,19 @@ def test_mask_proposals_are_measured_at_300(
     info = CheckpointInfo(
         name="guided",
         preset="dsg_lite0_fpn",
-        overrides={"max_detections": 5},
+        overrides={"max_detections": 5, "proposals": own},
         categories=(Category(7, "nut"), Category(3, "bolt")),
         resize=Resize(64, 96),
         score_threshold=0.0,
         max_detections=5,
         licence="Apache-2.0",
     )
-    save_checkpoint(model, build("dsg_lite0_fpn", 2, max_detections=5), info)
+    save_checkpoint(model, build("dsg_lite0_fpn", 2, max_detections=5, proposals=own), info)
     out = tmp_path / "precision.json"
     options = ("--model", model, "--annotations", annotations, "--device", "cpu", "--out", out)
     assert command("bench", "precision", *options).code == 0
     cases = [row["case"] for row in json.loads(out.read_text())["rows"]]
-    assert [case.split(", ")[2] for case in cases] == ["200 proposals"] * 3 + ["300 proposals"] * 3
+    assert [case.split(", ")[2] for case in cases] == [f"{own} proposals"] * 3 + ["300 proposals"] * 3 * (own > 300)
 
 
 def test_mistakes(command: Callable, annotations: Path, checkpoint: Path, tmp_path: Path) -> None:
