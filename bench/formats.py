@@ -19,7 +19,7 @@ from torch import Tensor
 from dsg.bench.report import Row, rate_row
 from dsg.bench.timing import milliseconds_of
 from dsg.export.container import read_contract
-from dsg.export.contract import Format
+from dsg.export.contract import ExportError, Format
 from dsg.export.onnx_runtime import OnnxNetwork
 from dsg.export.program_runtime import load_program
 from dsg.export.writing import export
@@ -61,7 +61,8 @@ def run(
         batches: numbers of pictures in a batch.
         repeats: measurements of each, of which the median counts.
         half: everything in float16.
-        on_case: told each case before it is measured, and each export.
+        on_case: told each case before it is measured, each export, and each way that is left out since its file is
+            none or differs from the model.
     """
     loaded = predictor.load(model, device, "float16" if half else "float32")
     network = loaded.model
@@ -74,7 +75,10 @@ def run(
         for way in ways:
             if way is not Way.EAGER:
                 on_case(f"preparing {way}")
-                runs[way] = _prepare(way, model, runs[Way.EAGER], device, Path(folder), half, on_case)
+                try:
+                    runs[way] = _prepare(way, model, runs[Way.EAGER], device, Path(folder), half, on_case)
+                except ExportError as error:  # the others are worth measuring all the same
+                    on_case(f"left out: {way}: {error}")
         for batch in batches:
             images = _photos(batch, size).to(device)
             sizes = torch.tensor([size] * batch, device=device)

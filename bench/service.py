@@ -22,6 +22,7 @@ MIXED = "mixed sizes"
 _SIZE = (800, 1333)
 # (height, width) of photos as COCO has them: about as often as there, each further times larger.
 _MIXED = ((480, 640),) * 4 + ((640, 480),) * 2 + ((427, 640),) * 2 + ((640, 427), (612, 612), (375, 500), (1080, 1920))
+_WARM_UP = (1, 2, 4, 8, 32)  # clients
 _CLIENTS = (1, 8, 32)
 _LOADS = (0.7, 1.0, 1.5)  # of what our server did with most clients
 _PICTURES = 24
@@ -113,7 +114,8 @@ async def _measure(
                 Load(port, "/segment", pictures, _PATIENCE_S) as patient,
                 Load(port, "/segment", pictures, deadline_s) as load,
             ):
-                await patient.closed(4, min(seconds, 3.0))  # first runs count for none
+                for clients in _WARM_UP:
+                    await patient.closed(clients, min(seconds, 3.0))  # first runs of a batch size count for none
                 for clients in _CLIENTS:
                     on_case(f"{name}: {server}, {clients} clients in closed loop")
                     done = await patient.closed(clients, seconds)

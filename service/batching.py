@@ -53,7 +53,8 @@ class Batcher:
     ) -> None:
         self._queue = Queue(WaitingPictures(ageing_s), metrics)
         self._threads = [
-            DeviceThread(device, BatchLimit(max_batch, max_batch_pixels), self._queue) for device in devices
+            DeviceThread(device, BatchLimit(max_batch, max_batch_pixels, device.name.startswith("cuda")), self._queue)
+            for device in devices
         ]
 
     def start(self) -> None:

@@ -43,14 +43,23 @@ class BatchLimit:
     Args:
         pictures: most pictures in a batch.
         pixels: most padded pixels in a batch of several pictures.
+        few_sizes: batches of 1, 2, 4, 8, ... pictures, and the most, alone. A GPU's libraries plan anew for each number
+            of pictures of a shape, which was seen to take seconds.
     """
 
-    def __init__(self, pictures: int, pixels: int) -> None:
+    def __init__(self, pictures: int, pixels: int, few_sizes: bool = False) -> None:
         self.pictures = pictures
         self.pixels = pixels
+        self._few_sizes = few_sizes
         self._most_pixels = pixels
         self._patience = _PATIENCE
         self._passed = 0
+
+    def size(self, count: int) -> int:
+        """How many of so many pictures, at least one, go at once."""
+        if count >= self.pictures:
+            return self.pictures
+        return 1 << (count.bit_length() - 1) if self._few_sizes else count
 
     def out_of_memory(self, pixels: int) -> None:
         """A batch of several pictures and so many padded pixels did not fit."""

@@ -123,6 +123,7 @@ class WaitingPictures:
             tickets.append(ticket)
             # One that is late even alone holds nobody else back.
             soonest = min(soonest, ticket.deadline) if done <= ticket.deadline else soonest
+        tickets = tickets[: limit.size(len(tickets))]
         for ticket in tickets:
             self.discard(ticket)
         return tickets

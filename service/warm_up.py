@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsg.service.models import ServedModel
+from dsg.service.pace import BatchLimit
 
 if TYPE_CHECKING:
     from dsg.model.network.predictor import PreparedImage
 
-# (height, width) of the pictures that most cameras and phones make; their buckets are the first that traffic wants.
-_SIZES = ((480, 640), (640, 480), (427, 640), (640, 427), (360, 640))
+# (height, width) of the pictures that most phones make. Each further shape would take seconds of every start.
+_SIZES = ((480, 640), (640, 480))
 _GREY = 114
 
 
@@ -19,8 +20,8 @@ def warm_up_batches(
 ) -> "list[list[PreparedImage]]":
     """Batches to run on each device.
 
-    On a CPU one picture is enough. On a GPU kernels are chosen and memory is set apart for each shape, and for large
-    batches; what does not fit shows here, and not to a client.
+    On a CPU one picture is enough. On a GPU kernels are chosen and memory is set apart for each shape and number of
+    pictures; what does not fit shows here, and not to a client.
     """
     if not on_gpu:
         return [[_prepared(model, _SIZES[0])]]
@@ -28,8 +29,10 @@ def warm_up_batches(
     for size in _SIZES:
         picture = _prepared(model, size)
         height, width = picture.padded_size
-        most = max(1, min(max_batch, max_batch_pixels // (height * width)))
-        batches += [[picture], [picture], [picture] * most]  # the second of a shape is recorded, see network/replay.py
+        limit = BatchLimit(max_batch, max_batch_pixels, few_sizes=True)
+        most = limit.size(max(1, min(max_batch, max_batch_pixels // (height * width))))
+        for count in sorted({limit.size(count) for count in range(1, most + 1)}):
+            batches += [[picture] * count] * 2  # the second of a shape is recorded, see network/replay.py
     return batches
 
 

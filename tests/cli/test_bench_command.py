@@ -10,6 +10,7 @@ import torch
 
 from dsg.bench import ops, report
 from dsg.bench.report import Row, time_row
+from dsg.export.contract import ExportError
 
 
 def test_file_of_results(command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +62,21 @@ def test_run_gives_a_row_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_formats_are_named(command: Callable, tmp_path: Path) -> None:
     ran = command("bench", "model", "--formats", "eager,tensorrt", "--out", tmp_path / "x.json")
     assert ran.code == 2 and "unknown format tensorrt; known are eager, compiled, torchscript" in ran.err
+
+
+def test_a_file_that_differs_is_left_out_and_the_others_are_measured(
+    command: Callable, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> Path:
+        raise ExportError("the onnx file differs from the model and was not kept")
+
+    monkeypatch.setenv("DSG_COMMIT", "abc123")
+    monkeypatch.setattr("dsg.bench.formats.export", refuse)
+    options = ("--formats", "onnx", "--batch", 1, "--repeats", 1, "--device", "cpu", "--out", tmp_path / "x.json")
+    ran = command("bench", "model", "--model", checkpoint, *options)
+    assert ran.code == 0 and "left out: onnx: the onnx file differs" in ran.err
+    (row,) = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert row["case"].split(", ")[1] == "eager"
 
 
 @pytest.mark.slow

@@ -100,6 +100,7 @@ def test_rows_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: 
 
     monkeypatch.setattr(bench, "serving", started)
     monkeypatch.setattr(bench, "_CLIENTS", (1,))
+    monkeypatch.setattr(bench, "_WARM_UP", (1,))
     monkeypatch.setattr(bench, "_LOADS", (1.0,))
     monkeypatch.setattr(bench, "in_process", lambda setup, pictures, seconds: (50.0, 0.02))
     monkeypatch.setattr(bench, "make_pictures", lambda name, images: PICTURES)
@@ -124,6 +125,7 @@ def test_rows_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: 
 def test_all_servers_really_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSG_COMMIT", "abc123")
     monkeypatch.setattr(bench, "_CLIENTS", (1, 2))
+    monkeypatch.setattr(bench, "_WARM_UP", (2,))
     path = tmp_path / "tiny.safetensors"
     info = CheckpointInfo("tiny", "dsg_lite0_fpn", {}, (Category(1, "thing"),), Resize(64, 96), score_threshold=0.5)
     save_checkpoint(path, build("dsg_lite0_fpn", 1), info)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dsg.service.pace import BatchLimit, Pace
 from dsg.service.waiting import Ticket, WaitingPictures
+from dsg.service.warm_up import warm_up_batches
 
 MODEL = SimpleNamespace(number=0)
 
@@ -139,3 +140,40 @@ def test_pace_is_a_running_mean_by_picture_and_by_pixel() -> None:
     assert pace.seconds_for_pixels(500) == pytest.approx(0.5)
     pace.ran(pictures=1, pixels=1000, seconds=1.0)
     assert pace.seconds_for_pictures(1) == pytest.approx(0.8 * 0.5 + 0.2 * 1.0)
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(8, [8, 8, 4, 1]), (6, [6, 6, 6, 2, 1]), (1, [1] * 21)])
+def test_batches_of_few_sizes(most: int, sizes: list[int]) -> None:
+    waiting = WaitingPictures(ageing_s=1.0)
+    tickets = [ticket(32, number / 10) for number in range(21)]
+    for one in tickets:
+        waiting.add(one)
+    limit, found = BatchLimit(most, 10**9, few_sizes=True), []
+    while batch := waiting.take(limit, now=9.0):
+        found.append(batch)
+    assert [len(batch) for batch in found] == sizes
+    assert [one for batch in found for one in batch] == tickets  # the oldest first, and none is lost
+
+
+def test_pixels_that_hold_five_pictures_give_batches_of_four() -> None:
+    waiting = WaitingPictures(ageing_s=1.0)
+    for number in range(7):
+        waiting.add(ticket(64, number))
+    limit = BatchLimit(8, 5 * 64 * 32, few_sizes=True)
+    assert [len(waiting.take(limit, now=9.0)) for _ in range(3)] == [4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "max_batch_pixels", "counts"),
+    [(8, 10**9, [1, 2, 4, 8]), (6, 10**9, [1, 2, 4, 6]), (8, 5 * 480 * 640, [1, 2, 4]), (8, 1, [1])],
+)
+def test_a_gpu_is_warmed_with_the_batches_that_it_will_run(
+    max_batch: int, max_batch_pixels: int, counts: list[int]
+) -> None:
+    model = SimpleNamespace(
+        prepare=lambda pixels: SimpleNamespace(pixels=pixels, padded_size=pixels.shape[:2])  # all multiples of 32
+    )
+    batches = warm_up_batches(model, max_batch, max_batch_pixels, on_gpu=True)
+    twice = [count for count in counts for _ in range(2)]
+    assert [len(batch) for batch in batches] == twice * 2
+    assert [len(batch) for batch in warm_up_batches(model, max_batch, max_batch_pixels, on_gpu=False)] == [1]
