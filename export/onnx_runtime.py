@@ -125,8 +125,14 @@ def _providers(device: str | None) -> tuple[str, list[Any]]:
         )
     onnxruntime.preload_dlls()  # CUDA's libraries from the wheels of NVIDIA or torch, where they lie in no system path
     number = int(device.partition(":")[2] or 0)
-    # float32 in float32, see dsg.model.network.float32.
-    return device, [(_CUDA, {"device_id": number, "use_tf32": 0}), _CPU]
+    options = {
+        "device_id": number,
+        "use_tf32": 0,  # float32 in float32, see dsg.model.network.float32
+        # By default each convolution of each new shape is tried in all ways that there are, which takes minutes where
+        # pictures have many sizes.
+        "cudnn_conv_algo_search": "HEURISTIC",
+    }
+    return device, [(_CUDA, options), _CPU]
 
 
 def _has_gpu() -> bool:
