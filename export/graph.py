@@ -12,7 +12,7 @@ from torch.nn import functional
 from dsg.export.contract import OUTPUTS
 from dsg.model.network.detector import Detector
 from dsg.model.network.norm import fold_norms
-from dsg.model.network.sizes import STRIDE
+from dsg.model.network.sizes import padded_size
 
 _MOST_IMAGES = 1024
 # Below 65 the coarsest pyramid level has one cell, for which PyTorch's shape rules know other cases. The files take
@@ -45,8 +45,7 @@ class ExportGraph(nn.Module):
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """images float32 [B, 3, H, W], sizes int64 [B, 2] -> the tensors of `contract.OUTPUTS`."""
         height, width = images.shape[-2:]
-        # So many times 32: torch.export then knows that the sides of levels are even, and records no guard of it.
-        full_height, full_width = (STRIDE * ((side + STRIDE - 1) // STRIDE) for side in (height, width))
+        full_height, full_width = padded_size(height, width)
         padded = functional.pad(images, (0, full_width - width, 0, full_height - height))
         found = self.detector.infer(padded.half() if self._half else padded, sizes)
         assert found._fields == tuple(OUTPUTS)

@@ -27,7 +27,7 @@ from dsg.export.proof_cases import Case, cases_of_pictures, made_up_cases
 from dsg.model.network import predictor
 from dsg.model.network.detector import Detector
 from dsg.model.network.float32 import whole_float32
-from dsg.model.network.sizes import STRIDE
+from dsg.model.network.sizes import padded_size
 
 _WRITERS: dict[Format, Callable[[ExportGraph, Path, torch.device], tuple[str, ...]]] = {
     Format.ONNX: writers.write_onnx,
@@ -161,7 +161,8 @@ def _compare(path: Path, case: Case, wanted: Arrays, found: Arrays, tolerance: T
 def _run_eager(detector: Detector, case: Case, device: torch.device) -> Arrays:
     images = torch.from_numpy(case.images).to(device)
     height, width = images.shape[-2:]
-    padded = functional.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
+    full_height, full_width = padded_size(height, width)
+    padded = functional.pad(images, (0, full_width - width, 0, full_height - height))
     dtype = next(detector.parameters()).dtype
     with whole_float32():
         outputs = detector.infer(padded.to(dtype), torch.from_numpy(case.sizes).to(device))

@@ -125,6 +125,11 @@ class LocalDevice:
         self._predictors.clear()
 
 
+def are_processes(devices: Sequence[Device]) -> bool:
+    """Whether the devices are processes of their own, and this one only prepares pictures and writes answers."""
+    return not any(isinstance(device, LocalDevice) for device in devices)
+
+
 def run(predictor: "Predictor", pictures: "Sequence[PreparedImage]", score_threshold: float) -> Ran:
     """Run one batch here and now; raises as `Device.begin` says."""
     started = time.monotonic()

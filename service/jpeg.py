@@ -10,12 +10,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from dsg.model.network.pixels import exif_orientation
-
-_AXES_SWAPPED = frozenset((5, 6, 7, 8))
-# Once they are: by which orientations rows run from the bottom up, columns from the right to the left.
-_FROM_BOTTOM = frozenset((3, 4, 7, 8))
-_FROM_RIGHT = frozenset((2, 3, 6, 7))
+from dsg.model.network.pixels import exif_orientation, turned_upright
 
 
 def jpeg_pixels(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
@@ -37,13 +32,4 @@ def jpeg_pixels(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:  # unsound, and Pillow says how; or sound enough for it
         return None
-    return _upright(pixels, exif_orientation(image))
-
-
-def _upright(stored: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    if orientation == 1:
-        return stored
-    turned = stored.swapaxes(0, 1) if orientation in _AXES_SWAPPED else stored
-    rows = slice(None, None, -1 if orientation in _FROM_BOTTOM else 1)
-    columns = slice(None, None, -1 if orientation in _FROM_RIGHT else 1)
-    return np.ascontiguousarray(turned[rows, columns])
+    return turned_upright(pixels, exif_orientation(image))

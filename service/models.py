@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsg.service.devices import Device, LoadPredictor, LocalDevice
+from dsg.service.devices import Device, LoadPredictor, are_processes
 from dsg.service.metrics import Metrics
 from dsg.service.problems import Problem
 from dsg.service.settings import Settings
@@ -77,7 +77,6 @@ class Models:
     ) -> None:
         self._load = load
         self._devices = devices
-        self._are_processes = not any(isinstance(device, LocalDevice) for device in devices)
         self._model_dir = model_dir
         self._metrics = metrics
         self._served: dict[str, ServedModel] = {}
@@ -144,7 +143,7 @@ class Models:
         with ThreadPoolExecutor(len(self._devices) + 1) as pool:
             loads = [pool.submit(device.load, number, source) for device in self._devices]
             # Workers' processes give none back; theirs may hold a GPU that this one must not.
-            here = pool.submit(self._load, source, "cpu") if self._are_processes else None
+            here = pool.submit(self._load, source, "cpu") if are_processes(self._devices) else None
             local = [predictor for load in loads if (predictor := load.result()) is not None]
             return local[0] if here is None else here.result()
 

@@ -55,6 +55,10 @@ class BatchLimit:
         self._patience = _PATIENCE
         self._passed = 0
 
+    def most(self, pixels: int) -> int:
+        """Most pictures of so many padded pixels each in a batch, at least one."""
+        return max(1, min(self.pictures, self.pixels // pixels))
+
     def size(self, count: int) -> int:
         """How many of so many pictures, at least one, go at once."""
         if count >= self.pictures:

@@ -11,7 +11,7 @@ import structlog
 from dsg.service.admission import Admission
 from dsg.service.batching import Batcher, DeviceLost, OutOfMemory, WorkerDied
 from dsg.service.choose_devices import choose_devices
-from dsg.service.devices import Device, LoadPredictor, LocalDevice
+from dsg.service.devices import Device, LoadPredictor, are_processes
 from dsg.service.metrics import Metrics
 from dsg.service.models import Models, ServedModel
 from dsg.service.peers import Peers, merged
@@ -99,7 +99,7 @@ class Service:
     @property
     def has_workers(self) -> bool:
         """Whether the devices are processes of their own, and this one only prepares and writes."""
-        return not any(isinstance(device, LocalDevice) for device in self._devices)
+        return are_processes(self._devices)
 
     @property
     def draining(self) -> bool:

@@ -137,5 +137,4 @@ class WaitingPictures:
 
     def _urgency(self, bucket: dict[int, Ticket], limit: BatchLimit, now: float) -> float:
         oldest = next(iter(bucket.values()))
-        most = max(1, min(limit.pictures, limit.pixels // oldest.pixels))
-        return min(1.0, len(bucket) / most) + (now - oldest.arrived) / self._ageing_s
+        return min(1.0, len(bucket) / limit.most(oldest.pixels)) + (now - oldest.arrived) / self._ageing_s

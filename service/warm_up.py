@@ -25,13 +25,12 @@ def warm_up_batches(
     """
     if not on_gpu:
         return [[_prepared(model, _SIZES[0])]]
+    limit = BatchLimit(max_batch, max_batch_pixels, few_sizes=True)
     batches = []
     for size in _SIZES:
         picture = _prepared(model, size)
         height, width = picture.padded_size
-        limit = BatchLimit(max_batch, max_batch_pixels, few_sizes=True)
-        most = limit.size(max(1, min(max_batch, max_batch_pixels // (height * width))))
-        for count in sorted({limit.size(count) for count in range(1, most + 1)}):
+        for count in sorted({limit.size(count) for count in range(1, limit.most(height * width) + 1)}):
             batches += [[picture] * count] * 2  # the second of a shape is recorded, see network/replay.py
     return batches
 

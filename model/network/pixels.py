@@ -1,6 +1,7 @@
 """Pictures in any form to pixels: what a person sees, as 8-bit RGB. Needs no torch.
 
-`upright_rgb` is the one place that turns an opened picture into RGB; the data room and the service call it too.
+`upright_rgb` is what turns an opened picture into RGB; the data room and the service call it too, the latter for all
+but plain JPEG, which `dsg.service.jpeg` decodes to the same pixels.
 """
 
 import os
@@ -23,6 +24,11 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes a picture upright, by its EXIF orientation."""
+# The same for an array [H, W, 3]: which have their axes swapped, and whose rows then run from the bottom up, columns
+# from the right to the left.
+_AXES_SWAPPED = frozenset((5, 6, 7, 8))
+_FROM_BOTTOM = frozenset((3, 4, 7, 8))
+_FROM_RIGHT = frozenset((2, 3, 6, 7))
 
 
 class SeveralFramesError(ValueError):
@@ -88,6 +94,16 @@ def as_stored(upright: Image.Image, orientation: int) -> Image.Image:
     """The pixels of `upright_rgb` as they lie in a file of this EXIF orientation."""
     inverse = {6: 8, 8: 6}.get(orientation, orientation)  # all the others undo themselves
     return upright.transpose(_UPRIGHT[inverse]) if inverse in _UPRIGHT else upright
+
+
+def turned_upright(stored: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Pixels [H, W, 3] as they lie in a file of this EXIF orientation, the way a viewer shows them."""
+    if orientation == 1:
+        return stored
+    turned = stored.swapaxes(0, 1) if orientation in _AXES_SWAPPED else stored
+    rows = slice(None, None, -1 if orientation in _FROM_BOTTOM else 1)
+    columns = slice(None, None, -1 if orientation in _FROM_RIGHT else 1)
+    return np.ascontiguousarray(turned[rows, columns])
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
