@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
 from dsg.model.network.tracing import is_traced
+from dsg.ops._load import loaded_kernels
 
 _WIDTH = 8  # tensor cores read this many channels of half precision at a time
 
@@ -81,6 +82,21 @@ def average_pool(x: Tensor, step: int) -> Tensor:  # [R, C, P, P] -> [R, C, P / 
         return functional.avg_pool2d(x, step)
     result: Tensor = _AveragePool.apply(x, step)
     return result
+
+
+def add_pooled(x: Tensor, finer: Tensor, step: int) -> Tensor:
+    """x + the mean of each step x step cells of `finer`: [R, C, P, P] and [R, C, step * P, step * P] -> [R, C, P, P]."""
+    if (
+        is_fused(x)
+        and is_fused(finer)
+        and x.shape[1] % _WIDTH == 0
+        and not (torch.is_grad_enabled() and (x.requires_grad or finer.requires_grad))
+        and "cuda" in loaded_kernels()
+    ):
+        out = torch.empty_like(x)
+        torch.ops.dsg.add_pooled(x, finer, step, out)
+        return out
+    return x + average_pool(finer, step)
 
 
 class _ConvolveReLU(torch.autograd.Function):

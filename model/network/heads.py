@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dsg.model.network.fused import (
-    average_pool,
+    add_pooled,
     by_pixel,
     convolve_relu,
     fits,
@@ -218,7 +218,7 @@ class Fusion(nn.Module):
         if added.shape[-2:] != (height, width):
             step = added.shape[-1] // width
             if (step * height, step * width) == tuple(added.shape[-2:]):
-                added = average_pool(added, step)  # the same, and many times quicker there and back
+                return add_pooled(features, added, step)  # as below, and many times quicker there and back
             else:
                 added = functional.adaptive_avg_pool2d(added, (height, width))  # [R, C, P, P]
         return features + added

@@ -281,3 +281,23 @@ def test_bytes_are_normalised_in_one_pass_as_in_many(dtype):
     found = normalise(batch.cuda(), sizes.cuda(), mean.cuda(), std.cuda(), dtype)
     assert found.is_contiguous(memory_format=torch.channels_last) and found.dtype == dtype
     torch.testing.assert_close(found.cpu(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rois", "channels", "side", "step"), [(300, 256, 7, 2), (5, 8, 3, 3), (0, 16, 7, 2)])
+def test_pooled_features_are_added_in_one_pass(dtype, rois, channels, side, step):
+    torch.manual_seed(0)
+    given = [torch.randn(rois, channels, side * factor, side * factor, device="cuda") for factor in (1, step)]
+    x, finer = (one.to(dtype).contiguous(memory_format=torch.channels_last) for one in given)
+    with torch.no_grad():
+        found = fused.add_pooled(x, finer, step)
+    wanted = x.double() + functional.avg_pool2d(finer.double(), step)
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+def test_without_a_gpu_they_are_added_in_two():
+    x, finer = torch.randn(3, 8, 2, 2), torch.randn(3, 8, 4, 4)
+    torch.testing.assert_close(fused.add_pooled(x, finer, 2), x + functional.avg_pool2d(finer, 2))
