@@ -8,6 +8,12 @@ from torch import Tensor
 from dsg.ops import _register  # noqa: F401  registers torch.ops.dsg
 
 
+def after_all(scores: Tensor) -> float:
+    """What sorts after every score, in the place of minus infinity: with infinities onnxruntime's TopK on a GPU makes
+    up values and indices."""
+    return torch.finfo(scores.dtype).min / 2  # the least of all is what that TopK pads with
+
+
 def batched_nms(
     boxes: Tensor,  # [B, N, 4] xyxy
     scores: Tensor,  # [B, N]
@@ -35,7 +41,7 @@ def batched_nms(
     for name, tensor in (("scores", scores), ("groups", groups), ("valid", valid)):
         if tensor.shape != boxes.shape[:2]:
             raise ValueError(f"{name} must be [B, N] = {list(boxes.shape[:2])}, got {list(tensor.shape)}")
-    order = scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)  # [B, N]
+    order = scores.masked_fill(~valid, after_all(scores)).argsort(dim=1, descending=True, stable=True)  # [B, N]
     by_score = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     kept = torch.ops.dsg.batched_nms(by_score, groups.gather(1, order), valid.gather(1, order), float(iou_threshold))
     return torch.zeros_like(valid).scatter(1, order, kept)

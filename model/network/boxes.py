@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from dsg.model.network.constants import constant
 from dsg.ops import batched_nms
+from dsg.ops.nms import after_all
 
 # a box never grows more than this in one step: exp(4.135) = 62.5 (R-CNN's bound, keeps exp from overflowing)
 _MAX_LOG_SCALE = math.log(1000.0 / 16)
@@ -98,9 +99,10 @@ def non_maximum_suppression(
         index int64 [B, keep] into N, by falling score, and valid bool [B, keep]; index is 0 where not valid.
     """
     survives = batched_nms(boxes.detach(), scores, groups, valid, iou_threshold)  # [B, N]
-    kept_scores = scores.masked_fill(~survives, -math.inf)
+    last = after_all(scores)
+    kept_scores = scores.masked_fill(~survives, last)
     if scores.shape[1] < keep:
-        kept_scores = functional.pad(kept_scores, (0, keep - scores.shape[1]), value=-math.inf)
+        kept_scores = functional.pad(kept_scores, (0, keep - scores.shape[1]), value=last)
     best, index = kept_scores.topk(keep, dim=1)  # [B, keep]
-    alive = best > -math.inf
+    alive = best > last
     return torch.where(alive, index, torch.zeros_like(index)), alive

@@ -13,6 +13,7 @@ from dsg.model.network.boxes import clip_boxes, decode_deltas, has_sides, non_ma
 from dsg.model.network.fused import by_pixel, convolve_relu, is_fused
 from dsg.model.network.tracing import is_traced
 from dsg.model.network.types import Proposals
+from dsg.ops.nms import after_all
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
@@ -112,7 +113,7 @@ class ProposalSelector(nn.Module):
             # A level with fewer anchors than candidates is padded, so that its shape does not depend on the picture.
             # In a traced graph it depends on nothing at all: a comparison of sizes would hold for the example's alone.
             missing = candidates if is_traced() else max(candidates - level_logits.shape[1], 0)
-            padded = functional.pad(level_logits, (0, missing), value=-torch.inf)
+            padded = functional.pad(level_logits, (0, missing), value=after_all(level_logits))
             best, index = padded.topk(candidates, dim=1)  # [B, candidates]
             # TorchScript's sizes are tensors on the CPU, which clamp refuses beside one on a GPU; what is padded counts
             # for nothing either way.
@@ -124,7 +125,7 @@ class ProposalSelector(nn.Module):
         all_boxes = clip_boxes(torch.cat(boxes, dim=1), sizes)  # [B, L * candidates, 4]
         all_logits = torch.cat(scores, dim=1)  # [B, L * candidates]
         probabilities = all_logits.sigmoid()
-        valid = (all_logits > -torch.inf) & has_sides(all_boxes, self.min_size)
+        valid = (all_logits > after_all(all_logits)) & has_sides(all_boxes, self.min_size)
         level = torch.arange(len(boxes), device=sizes.device).repeat_interleave(candidates).expand_as(all_logits)
         index, kept = non_maximum_suppression(all_boxes, probabilities, level, valid, self.nms_iou, keep)
         return Proposals(
