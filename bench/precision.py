@@ -70,7 +70,7 @@ def run(
     rows = []
     for number in (None, *numbers):
         fast = load(model, device, precision, number)
-        computed = str(next(fast.model.parameters()).dtype).removeprefix("torch.")
+        computed = str(fast.model.dtype).removeprefix("torch.")
         case = f"{name}, {computed}, {number or config.proposals} proposals"
         on_case(case)
         rows += _rows(case, f"baseline float32, {config.proposals} proposals", results(fast), reference)

@@ -163,9 +163,8 @@ def _run_eager(detector: Detector, case: Case, device: torch.device) -> Arrays:
     height, width = images.shape[-2:]
     full_height, full_width = padded_size(height, width)
     padded = functional.pad(images, (0, full_width - width, 0, full_height - height))
-    dtype = next(detector.parameters()).dtype
     with whole_float32():
-        outputs = detector.infer(padded.to(dtype), torch.from_numpy(case.sizes).to(device))
+        outputs = detector.infer(padded.to(detector.dtype), torch.from_numpy(case.sizes).to(device))
     return {name: output.cpu().numpy() for name, output in zip(OUTPUTS, outputs, strict=True)}
 
 

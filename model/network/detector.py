@@ -162,12 +162,17 @@ class Detector(nn.Module, Generic[Carried]):
         found = _by_image(rois[:, 1:], scores, labels, probabilities, wanted, sizes)
         return found if overlaps is None else [_in_order(one, score_threshold) for one in found]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, but for the parts that stay float32 (see `whole`)."""
+        return self.rpn_head.conv.weight.dtype
+
     def _pyramid(self, batch: Tensor, sizes: Tensor) -> list[Tensor]:
         if batch.is_floating_point():
             mean, std = self.pixel_mean.to(batch.dtype), self.pixel_std.to(batch.dtype)
         else:
             mean, std = self.pixel_mean, self.pixel_std
-        levels: list[Tensor] = self.backbone(normalise(batch, sizes, mean, std, self.rpn_head.conv.weight.dtype))
+        levels: list[Tensor] = self.backbone(normalise(batch, sizes, mean, std, self.dtype))
         return levels
 
     def _kept_boxes(self, batch: Tensor, sizes: Tensor) -> tuple[KeptBoxes, Carried]:

@@ -5,12 +5,15 @@ Letters: B images, C channels, H and W height and width.
 """
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dsg.model.network.depthwise import depthwise_relu6, has_kernel
+from dsg.model.network.fused import convolve_by_pixel
 from dsg.model.network.norm import FrozenBatchNorm2d, convolve_and_normalise
+from dsg.model.network.whole import WholeConv2d
 
 
 class Stage(NamedTuple):
@@ -43,8 +46,8 @@ def round_channels(channels: float) -> int:
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
-def depthwise_conv(channels: int, kernel: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, kernel, stride, padding=kernel // 2, groups=channels, bias=False)
+def depthwise_conv(channels: int, kernel: int, stride: int) -> WholeConv2d:
+    return WholeConv2d(channels, channels, kernel, stride, padding=kernel // 2, groups=channels, bias=False)
 
 
 class InvertedResidual(nn.Module):
@@ -73,14 +76,30 @@ class InvertedResidual(nn.Module):
         self.bn2 = FrozenBatchNorm2d(out_channels, norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, out_channels, H / stride, W / stride]
-        out = x
-        if self.expands:
-            out = F.relu6(convolve_and_normalise(self.expand_conv, self.bn0, x), inplace=True)
-        out = F.relu6(convolve_and_normalise(self.depthwise_conv, self.bn1, out), inplace=True)
-        out = convolve_and_normalise(self.project_conv, self.bn2, out)
+        expanded = _by_pixel(self.expand_conv, self.bn0, x) if self.expands else x  # [B, hidden, H, W]
+        out = _by_pixel(self.project_conv, self.bn2, self._by_place(expanded))
         if self.has_residual:
             out += x
         return out
+
+    def _by_place(self, expanded: Tensor) -> Tensor:  # [B, hidden, H, W] -> [B, hidden, H / stride, W / stride]
+        """ReLU6, the depthwise convolution with its norm, and ReLU6 again."""
+        network = self.project_conv.weight.dtype
+        is_narrowed = network != self.depthwise_conv.weight.dtype
+        if has_kernel(self.depthwise_conv, expanded):
+            return depthwise_relu6(self.depthwise_conv, self.bn1, expanded, network if is_narrowed else expanded.dtype)
+        out = F.relu6(expanded, inplace=True) if self.expands else expanded  # the stem has had its own
+        if is_narrowed:
+            out = out.to(self.depthwise_conv.weight.dtype)
+        out = F.relu6(convolve_and_normalise(self.depthwise_conv, self.bn1, out), inplace=True)
+        return out.to(network) if is_narrowed else out
+
+
+def _by_pixel(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution and its norm; one that was folded away leaves a product of matrices."""
+    if isinstance(norm, nn.Identity):
+        return convolve_by_pixel(convolution, x)
+    return convolve_and_normalise(convolution, norm, x)
 
 
 class EfficientNetLite(nn.Module):
@@ -113,7 +132,7 @@ class EfficientNetLite(nn.Module):
             raise ValueError(f"EfficientNet-Lite variant {variant} is unknown: use one of {known}")
         width, depth = WIDTH_AND_DEPTH[variant]
 
-        self.conv_stem = nn.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False)
+        self.conv_stem = WholeConv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False)
         self.bn0 = FrozenBatchNorm2d(STEM_CHANNELS, norm_eps)
         self.blocks = nn.ModuleList()
         last_blocks = []  # index of each stage's last block
@@ -153,6 +172,10 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:  # [B, 3, H, W] -> 4 x [B, C, H / stride, W / stride]
         """Features C2 to C5 of normalised images, finest first."""
+        # The first depthwise convolution magnifies the rounding of what it reads more than all others do: it gets the
+        # stem's float32 in half precision, too.
+        if cast(nn.Conv2d, self.blocks[0].project_conv).weight.dtype != self.conv_stem.weight.dtype:
+            images = images.to(self.conv_stem.weight.dtype)
         x = F.relu6(convolve_and_normalise(self.conv_stem, self.bn0, images), inplace=True)  # [B, 32, H/2, W/2]
         features = []
         for index, block in enumerate(self.blocks):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsg.model.network.fused import convolve_relu, fits, fused_convolution
+from dsg.model.network.whole import Whole
 
 
-class FrozenBatchNorm2d(nn.Module):
+class FrozenBatchNorm2d(Whole):
     """`BatchNorm2d` in eval mode, for good: a fixed scale and shift of each channel.
 
     `weight`, `bias`, `running_mean` and `running_var` (each `[C]`) are buffers: no optimizer sees them, no
@@ -131,6 +132,7 @@ def fold_norms(module: nn.Module) -> None:
             if convolution.out_channels != norm.weight.numel():
                 continue
             scale, shift = norm.scale_and_shift()
-            convolution.weight = nn.Parameter(convolution.weight * scale.view(-1, 1, 1, 1), requires_grad=False)
-            convolution.bias = nn.Parameter(shift.clone(), requires_grad=False)
+            weight = (convolution.weight * scale.view(-1, 1, 1, 1)).to(convolution.weight.dtype)
+            convolution.weight = nn.Parameter(weight, requires_grad=False)
+            convolution.bias = nn.Parameter(shift.to(weight.dtype, copy=True), requires_grad=False)
             setattr(parent, name, nn.Identity())

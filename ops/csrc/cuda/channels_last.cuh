@@ -103,6 +103,19 @@ inline bool is_channels_last_call(
   return true;
 }
 
+// Whether a tensor [B, C, H, W] lies channels-last without gaps, where packs of 16 bytes may begin. Along an axis of one
+// element a stride means nothing.
+inline bool is_dense_channels_last(const Tensor& one) {
+  int64_t step = 1;
+  for (int dim : {1, 3, 2, 0}) {
+    if (one.size(dim) != 1 && one.stride(dim) != step) {
+      return false;
+    }
+    step *= one.size(dim);
+  }
+  return reinterpret_cast<uintptr_t>(one.const_data_ptr()) % 16 == 0;
+}
+
 // Calls `function` with a value of the C++ type that `type` names; float64 goes another way.
 template <typename function_t>
 void dispatch_single(ScalarType type, const function_t& function) {

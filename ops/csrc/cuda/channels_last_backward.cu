@@ -234,13 +234,6 @@ __global__ void __launch_bounds__(kThreads) gather_prob_kernel(
   }
 }
 
-// Whether a tensor [N, C, H, W] lies in memory as [N, H, W, C], from an address that 16 bytes can be read at.
-bool is_dense_channels_last(const Tensor& tensor) {
-  const int64_t channels = tensor.size(1), width = tensor.size(3), height = tensor.size(2);
-  return tensor.stride(1) == 1 && tensor.stride(3) == channels && tensor.stride(2) == width * channels &&
-      tensor.stride(0) == height * width * channels && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-}
-
 // grad_output as [K, H, W, C] in memory; a copy where it lies otherwise.
 Tensor with_channels_last(const Tensor& grad_output) {
   const int64_t channels = grad_output.size(1), width = grad_output.size(3), height = grad_output.size(2);

@@ -45,12 +45,6 @@ __global__ void __launch_bounds__(kThreads) add_pooled_kernel(
   }
 }
 
-bool is_channels_last(const Tensor& one) {
-  const int64_t channels = one.size(1), width = one.size(3);
-  return one.stride(1) == 1 && one.stride(3) == channels && one.stride(2) == channels * width &&
-         one.stride(0) == channels * width * one.size(2);
-}
-
 void add_pooled(const Tensor& features, const Tensor& finer, int64_t step, Tensor output) {
   STD_TORCH_CHECK(
       features.dim() == 4 && finer.dim() == 4 && output.dim() == 4 && step >= 1, "dsg: features must be [R, C, H, W]");
@@ -62,7 +56,7 @@ void add_pooled(const Tensor& features, const Tensor& finer, int64_t step, Tenso
       "dsg: the finer features must have `step` times the cells of the others along each axis");
   for (const Tensor& one : {features, finer, Tensor(output)}) {
     STD_TORCH_CHECK(
-        one.device() == features.device() && one.scalar_type() == features.scalar_type() && is_channels_last(one),
+        one.device() == features.device() && one.scalar_type() == features.scalar_type() && is_dense_channels_last(one),
         "dsg: features to be added must be channels-last, of one kind and on one device");
   }
   STD_TORCH_CHECK(
