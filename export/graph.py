@@ -13,6 +13,7 @@ from dsg.export.contract import OUTPUTS
 from dsg.model.network.detector import Detector
 from dsg.model.network.norm import fold_norms
 from dsg.model.network.sizes import padded_size
+from dsg.model.network.whole import WholeConv2d
 
 _MOST_IMAGES = 1024
 # Below 65 the coarsest pyramid level has one cell, for which PyTorch's shape rules know other cases. The files take
@@ -41,6 +42,10 @@ class ExportGraph(nn.Module):
         self._half = half
         if half:
             self.detector.half()
+            # Here a cast of features is a pass of its own, and a guard of their strides in what torch.export records.
+            for part in self.detector.modules():
+                if isinstance(part, WholeConv2d):
+                    part.narrow(torch.float16)
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """images float32 [B, 3, H, W], sizes int64 [B, 2] -> the tensors of `contract.OUTPUTS`."""

@@ -74,6 +74,8 @@ def export(
     reason = refusal(detector.config, kind)
     if reason is not None:
         raise ExportError(f"{info.name} has no {kind} export: {reason}")
+    if kind is Format.AOTI and half and target.type == "cpu":
+        raise ExportError(f"a {kind} package in float16 is for a GPU: give --device cuda, or leave --half out")
     contract = Contract(
         format=kind,
         checkpoint=info,

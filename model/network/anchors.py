@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsg.model.network.constants import constant
 from dsg.model.network.tracing import is_traced
 
 _MOST_KNOWN = 16  # sizes of batches whose anchors are kept, some 5 MB each
@@ -75,14 +76,14 @@ class AnchorGenerator(nn.Module):
             x = torch.arange(columns, device=device).to(dtype) * stride_x  # [Wf]
             shift_y, shift_x = torch.meshgrid(y, x, indexing="ij")
             shifts = torch.stack([shift_x, shift_y, shift_x, shift_y], dim=-1)  # [Hf, Wf, 4]
-            base = self._base(sizes, self.centre * nominal, dtype, device)  # [A, 4]
+            base = self._base(sizes, self.centre * nominal, y)  # [A, 4]
             anchors.append((shifts[:, :, None] + base).reshape(-1, 4))  # [Hf * Wf * A, 4]
         return anchors
 
-    def _base(self, sizes: tuple[float, ...], centre: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Anchors of the cell at the origin, Tensor[A, 4], ratios outermost."""
-        root = torch.tensor(self.ratios, dtype=dtype, device=device).sqrt()
-        size = torch.tensor(sizes, dtype=dtype, device=device)
+    def _base(self, sizes: tuple[float, ...], centre: float, like: Tensor) -> Tensor:
+        """Anchors of the cell at the origin, Tensor[A, 4], ratios outermost; dtype and device are those of `like`."""
+        root = constant(self.ratios, like).sqrt()
+        size = constant(sizes, like)
         heights = (root[:, None] * size).flatten()  # [A]
         widths = ((1 / root)[:, None] * size).flatten()  # [A]
         base = torch.stack([-widths, -heights, widths, heights], dim=1) / 2 + centre

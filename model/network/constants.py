@@ -10,7 +10,10 @@ from dsg.model.network.tracing import is_traced
 
 def constant(values: tuple[float, ...], like: Tensor) -> Tensor:  # -> [len(values)]
     """A tensor of these numbers in the dtype and on the device of `like`; not to be written to."""
-    if is_traced() or torch.compiler.is_compiling():  # a recorded graph holds its own
+    if torch.compiler.is_compiling():
+        # torch.export keeps a tensor made of numbers on the CPU, from where a package compiled for a GPU cannot read it.
+        return torch.stack([like.new_full((), value) for value in values])
+    if is_traced():  # a recorded graph holds its own
         return like.new_tensor(values)
     return _constant(values, like.dtype, like.device)
 

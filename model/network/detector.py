@@ -21,13 +21,14 @@ from dsg.model.network.losses import RPNLoss
 from dsg.model.network.postprocess import KeptBoxes
 from dsg.model.network.rpn import ProposalSelector, RPNHead
 from dsg.model.network.types import PaddedDetections, ProposalMasks, Proposals, Targets
+from dsg.model.network.whole import Whole
 
 _ROWS = 256
 Carried = TypeVar("Carried")
 """What a family's masks need of what its boxes were made of."""
 
 
-class Detector(nn.Module, Generic[Carried]):
+class Detector(Whole, Generic[Carried]):
     """A region-based detector with masks, put together from its parts by `build`.
 
     A family defines `_roi_losses`, `_detect_boxes` and `_predict_masks`.

@@ -64,10 +64,9 @@ class FeaturePyramid(nn.Module):
             merged = lateral + _repeated(merged, lateral)
             levels.append(self._smoothed(merged, level))
         levels.reverse()
-        # Every other cell. Of a pooling torch 2.11 records that sides have as odd a number of cells as the example's; a
-        # slice is not the dense channels-last features that kernels want.
+        # Every other cell. Of a pooling torch 2.11 records that sides have as odd a number of cells as the example's.
         coarsest = levels[-1]
-        levels.append(coarsest[:, :, ::2, ::2] if is_traced() else F.max_pool2d(coarsest, kernel_size=1, stride=2))
+        levels.append(_every_other(coarsest) if is_traced() else F.max_pool2d(coarsest, kernel_size=1, stride=2))
         return levels
 
     def _lateral(self, features: Sequence[Tensor], level: int) -> Tensor:
@@ -75,6 +74,13 @@ class FeaturePyramid(nn.Module):
 
     def _smoothed(self, merged: Tensor, level: int) -> Tensor:
         return self.outer_norms[level](self.outer[level](merged))
+
+
+def _every_other(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H / 2, W / 2], rounded up
+    """By index: of a slice, which is not dense, torch.export records how its strides compare with sides."""
+    for axis in (2, 3):
+        x = x.index_select(axis, torch.arange(0, x.shape[axis], 2, device=x.device))
+    return x
 
 
 def _repeated(coarser: Tensor, finer: Tensor) -> Tensor:  # [B, C, H_l+1, W_l+1] -> [B, C, H_l, W_l]

@@ -56,9 +56,9 @@ class RPNHead(nn.Module):
                 logits.append(own_logits)
                 deltas.append(own_deltas)
                 continue
-            logits.append(widen(self.objectness(hidden)).permute(0, 2, 3, 1).flatten(1))  # [B, Hf * Wf * A]
-            by_cell = widen(self.deltas(hidden)).permute(0, 2, 3, 1)  # [B, Hf, Wf, A * 4]
-            deltas.append(by_cell.reshape(features.shape[0], -1, 4))  # [B, Hf * Wf * A, 4]
+            logits.append(widen(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)))  # [B, Hf * Wf * A]
+            by_cell = self.deltas(hidden).permute(0, 2, 3, 1)  # [B, Hf, Wf, A * 4]
+            deltas.append(widen(by_cell.reshape(features.shape[0], -1, 4)))  # [B, Hf * Wf * A, 4]
         return logits, deltas
 
     def _by_cell(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # [B, C, Hf, Wf] -> [B, N_l], [B, N_l, 4]
