@@ -16,6 +16,9 @@ from dsg.service.waiting import Outcome, Ticket, WaitingPictures
 
 _log = structlog.get_logger("dsg.service")
 _MOST_DEATHS = 3  # of a worker, one after the other without a batch between them that ran
+# How long before the end of a batch the next one is sent ahead: what its pixels take to a GPU's process and memory, and
+# an answer takes back. Sent earlier it would be smaller than it need be; later, and the device would stand idle.
+_TRAVEL_S = 0.006
 
 
 class DeadlinePassed(Exception):
@@ -49,7 +52,10 @@ class Queue:
 class _Batch:
     tickets: list[Ticket]
     began: float
-    end: Callable[[], Ran]
+    end: Callable[[], Ran] | None = None
+    started: float = 0.0
+    """When the device had nothing else left to run."""
+    done: bool = False
 
     @property
     def pixels(self) -> int:
@@ -105,6 +111,8 @@ class DeviceThread:
         try:
             while self.fault is None and self._begin_batches():
                 self._end_batch(self._running.popleft())
+                if self._running:
+                    self._running[0].started = time.monotonic()
         finally:
             self._go_down()
 
@@ -119,14 +127,27 @@ class DeviceThread:
             if live:
                 lowest = min(ticket.score_threshold for ticket in live)
                 pictures = [ticket.picture for ticket in live]
-                self._running.append(_Batch(live, now, self.device.begin(live[0].model.number, pictures, lowest)))
+                batch = _Batch(live, now, started=now)
+                say_done = partial(self._say_done, batch)
+                batch.end = self.device.begin(live[0].model.number, pictures, lowest, say_done)
+                self._running.append(batch)
         return True
 
+    def _say_done(self, batch: _Batch) -> None:
+        with self._queue.changed:
+            batch.done = True
+            self._queue.changed.notify_all()
+
     def _next_batch(self) -> list[Ticket] | None:
-        """Wait for work while the device has none; None when there is nothing to begin now."""
+        """Wait until there is something to begin; None where there is none before the end of what runs."""
         queue = self._queue
         with queue.changed:
-            if not self._running:
+            if self._running:
+                while not (queue.closed or self._own or self._running[0].done or self._is_next_due):
+                    queue.changed.wait(self._seconds_until_due if self._has_next else None)
+                if not (self._own or self._is_next_due):
+                    return None
+            else:
                 queue.idle += 1
                 queue.changed.wait_for(lambda: queue.closed or self._own or queue.waiting)
                 queue.idle -= 1
@@ -134,14 +155,27 @@ class DeviceThread:
                 return None
             if self._own:
                 return self._own.popleft()
-            # While a batch runs, only what fills another is sent ahead, and not where a device waits for it; less than
-            # that goes on collecting.
-            full = queue.waiting.pixels >= self._limit.pixels or len(queue.waiting) >= self._limit.pictures
-            if self._running and (queue.idle or not full):
-                return None
             tickets = queue.waiting.take(self._limit, time.monotonic(), queue.pace.seconds_for_pixels(1))
             queue.count()
             return tickets
+
+    @property
+    def _has_next(self) -> bool:
+        """Whether something waits, and no other device for it."""
+        return bool(self._queue.waiting) and not self._queue.idle
+
+    @property
+    def _is_next_due(self) -> bool:
+        """Whether the next batch is to be sent ahead: it is full, or what runs has ended or is about to."""
+        waiting = self._queue.waiting
+        is_full = waiting.pixels >= self._limit.pixels or len(waiting) >= self._limit.pictures
+        return self._has_next and (is_full or self._running[0].done or self._seconds_until_due <= 0)
+
+    @property
+    def _seconds_until_due(self) -> float:
+        running = self._running[0]
+        takes = self._queue.pace.seconds_for_pixels(running.pixels)
+        return running.started + takes - _TRAVEL_S - time.monotonic()
 
     def _claim(self, ticket: Ticket, now: float) -> bool:
         """Whether a picture is still wanted; from here on it can no longer be cancelled."""
@@ -155,6 +189,7 @@ class DeviceThread:
         return True
 
     def _end_batch(self, batch: _Batch) -> None:
+        assert batch.end is not None
         try:
             ran = batch.end()
         except OutOfMemory as error:

@@ -65,8 +65,17 @@ class Device(Protocol):
             WorkerDied: its process ended over it.
         """
 
-    def begin(self, model: int, pictures: "Sequence[PreparedImage]", score_threshold: float) -> Callable[[], Ran]:
+    def begin(
+        self,
+        model: int,
+        pictures: "Sequence[PreparedImage]",
+        score_threshold: float,
+        when_done: Callable[[], None] = lambda: None,
+    ) -> Callable[[], Ran]:
         """Begin a batch.
+
+        Args:
+            when_done: called in some thread once the batch has run or failed, by a device that takes several.
 
         Returns:
             a callable that waits for its end, and raises `OutOfMemory`, `DeviceLost`, `WorkerDied` or whatever the
@@ -109,7 +118,13 @@ class LocalDevice:
         self._predictors[model] = self._load(source, self._asked)
         return self._predictors[model]
 
-    def begin(self, model: int, pictures: "Sequence[PreparedImage]", score_threshold: float) -> Callable[[], Ran]:
+    def begin(
+        self,
+        model: int,
+        pictures: "Sequence[PreparedImage]",
+        score_threshold: float,
+        when_done: Callable[[], None] = lambda: None,
+    ) -> Callable[[], Ran]:
         return lambda: run(self._predictors[model], pictures, score_threshold)
 
     def share(self, picture: "PreparedImage") -> "PreparedImage":

@@ -56,7 +56,13 @@ class WorkerDevice:
         digest = self._call("load", model, source).result()
         self._models[model] = source, digest
 
-    def begin(self, model: int, pictures: "Sequence[PreparedImage]", score_threshold: float) -> Callable[[], Ran]:
+    def begin(
+        self,
+        model: int,
+        pictures: "Sequence[PreparedImage]",
+        score_threshold: float,
+        when_done: Callable[[], None] = lambda: None,
+    ) -> Callable[[], Ran]:
         no_pixels: Any = None  # they travel on their own
         shared: list[Any] = [one.pixels for one in pictures]
         described = [
@@ -64,6 +70,7 @@ class WorkerDevice:
         ]
         files = [pixels.file for pixels in shared]
         future = self._call("detect", model, described, score_threshold, files=files)
+        future.add_done_callback(lambda _: when_done())
         return lambda: ran_of(future.result())
 
     def share(self, picture: "PreparedImage") -> "PreparedImage":

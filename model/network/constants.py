@@ -11,7 +11,7 @@ from dsg.model.network.tracing import is_traced
 def constant(values: tuple[float, ...], like: Tensor) -> Tensor:  # -> [len(values)]
     """A tensor of these numbers in the dtype and on the device of `like`; not to be written to."""
     if torch.compiler.is_compiling():
-        # torch.export keeps a tensor made of numbers on the CPU, from where a package compiled for a GPU cannot read it.
+        # torch.export keeps a tensor made of numbers on the CPU, where a package compiled for a GPU crashes on it.
         return torch.stack([like.new_full((), value) for value in values])
     if is_traced():  # a recorded graph holds its own
         return like.new_tensor(values)

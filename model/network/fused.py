@@ -85,7 +85,7 @@ def average_pool(x: Tensor, step: int) -> Tensor:  # [R, C, P, P] -> [R, C, P / 
 
 
 def add_pooled(x: Tensor, finer: Tensor, step: int) -> Tensor:
-    """x + the mean of each step x step cells of `finer`: [R, C, P, P] and [R, C, step * P, step * P] -> [R, C, P, P]."""
+    """x [R, C, P, P] plus the mean of each step x step cells of `finer` [R, C, step * P, step * P]."""
     if (
         is_fused(x)
         and is_fused(finer)

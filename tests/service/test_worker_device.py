@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +61,9 @@ def test_it_finds_what_a_device_of_this_process_finds(device: WorkerDevice) -> N
     local.load(0, "fake")
     pictures = [prepared(left=left) for left in range(5, 50, 5)]
     expected = local.begin(0, pictures, 0.25)().detections
-    ran = device.begin(0, shared(device, *pictures), 0.25)()
+    done = threading.Event()
+    ran = device.begin(0, shared(device, *pictures), 0.25, done.set)()
+    assert done.wait(60)
     assert len(ran.detections) == len(expected) == 9 and ran.seconds > 0 and ran.memory == {}
     for found, wanted in zip(ran.detections, expected, strict=True):
         for name in ("boxes", "scores", "labels", "mask_probs"):

@@ -1,0 +1,115 @@
+"""What is sent to a device that is a process of its own while it still runs a batch."""
+
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+
+import pytest
+from service_fakes import FakePredictor
+from test_batcher import FAR, WAIT, prepared
+
+from dsg.model.network.predictor import PreparedImage
+from dsg.service.batching import Batcher, DeviceStopped
+from dsg.service.devices import Ran
+from dsg.service.metrics import Metrics
+from dsg.service.models import ServedModel
+
+MOST = 4
+
+
+class Remote:
+    """A device of which the test ends each batch."""
+
+    ahead = 2
+    name = "far"
+
+    def __init__(self) -> None:
+        self.begun: queue.Queue[tuple[int, Future[Ran]]] = queue.Queue()
+
+    def begin(
+        self, model: int, pictures: Sequence[PreparedImage], threshold: float, when_done: Callable[[], None]
+    ) -> Callable[[], Ran]:
+        future: Future[Ran] = Future()
+        future.add_done_callback(lambda _: when_done())
+        self.begun.put((len(pictures), future))
+        return future.result
+
+    def next(self) -> tuple[int, Callable[[], None]]:
+        """How many pictures the next batch has, and what ends it."""
+        count, future = self.begun.get(timeout=WAIT)
+        return count, lambda: future.set_result(Ran([None] * count, 0.0, {}))
+
+
+class Rig:
+    def __init__(self, seconds_a_picture: float) -> None:
+        self.device, self.predictor = Remote(), FakePredictor()
+        self.batcher = Batcher(
+            [self.device], max_batch=MOST, max_batch_pixels=100_000, ageing_s=1e-9, metrics=Metrics()
+        )
+        self._model = ServedModel("far", 0, self.predictor.info, self.predictor.prepare)
+        height, width = prepared(self.predictor).padded_size
+        if seconds_a_picture:
+            self.batcher._queue.pace.ran(1, height * width, seconds_a_picture)
+        self.batcher.start()
+
+    def submit(self, pictures: int = 1) -> list[Future]:
+        return self.batcher.submit(self._model, [prepared(self.predictor)] * pictures, FAR)
+
+
+@pytest.fixture
+def rig(request) -> Iterator[Rig]:
+    made = Rig(request.param)
+    yield made
+    made.batcher.close(WAIT)
+
+
+@pytest.mark.parametrize("rig", [1e-9], indirect=True)
+def test_before_a_batch_ends_the_next_one_is_on_its_way(rig: Rig) -> None:
+    first = rig.submit()
+    _, end_first = rig.device.next()
+    second = rig.submit()
+    count, end_second = rig.device.next()  # though the first runs, and the second could be larger
+    assert count == 1
+    rest = [future for _ in range(3) for future in rig.submit()]
+    end_first()
+    count, end_third = rig.device.next()  # two at a time, no more: what came meanwhile goes together
+    assert count == 3
+    end_second()
+    end_third()
+    for future in (*first, *second, *rest):
+        assert future.result(WAIT).detections is None
+
+
+@pytest.mark.parametrize("rig", [1e6], indirect=True)
+def test_while_a_batch_has_long_to_run_what_comes_collects(rig: Rig) -> None:
+    rig.submit()
+    _, end_first = rig.device.next()
+    for _ in range(3):
+        rig.submit()
+    end_first()
+    count, end_second = rig.device.next()
+    assert count == 3
+    end_second()
+
+
+@pytest.mark.parametrize("rig", [1e6], indirect=True)
+def test_a_full_batch_waits_for_nothing(rig: Rig) -> None:
+    rig.submit()
+    _, end_first = rig.device.next()
+    rig.submit(MOST)
+    count, end_second = rig.device.next()
+    assert count == MOST
+    end_first()
+    end_second()
+
+
+@pytest.mark.parametrize("rig", [1e6], indirect=True)
+def test_closing_does_not_wait_for_the_next(rig: Rig) -> None:
+    (runs,) = rig.submit()
+    _, end_first = rig.device.next()
+    (waits,) = rig.submit()
+    rig.batcher.close(0)
+    end_first()
+    assert runs.result(WAIT).detections is None
+    with pytest.raises(DeviceStopped):
+        waits.result(WAIT)
