@@ -44,7 +44,7 @@ class BatchLimit:
         pictures: most pictures in a batch.
         pixels: most padded pixels in a batch of several pictures.
         few_sizes: batches of 1, 2, 4, 8, ... pictures, and the most, alone. A GPU's libraries plan anew for each number
-            of pictures of a shape, which was seen to take seconds.
+            of pictures of a shape, which was seen to take a quarter of a second.
     """
 
     def __init__(self, pictures: int, pixels: int, few_sizes: bool = False) -> None:
