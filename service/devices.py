@@ -8,11 +8,11 @@ so it gets a process of its own (`dsg.service.worker_device`).
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from dsg.model.network.detections import with_counts
+from dsg.model.network.detections import on_cpu, with_counts
 
 if TYPE_CHECKING:
     from dsg.model.network.detections import Detections
@@ -153,7 +153,7 @@ def run(predictor: "Predictor", pictures: "Sequence[PreparedImage]", score_thres
         if _is_cuda(predictor):
             # There it takes a fraction of what it would take threads here, and the probabilities need not travel.
             found = [replace(one, mask_probs=one.mask_probs[:, :0, :0]) for one in with_counts(found)]
-        found = [_on_cpu(one) for one in found]
+        found = on_cpu(found)  # so that threads that write answers never wait for the device's next batch
         seconds = time.monotonic() - started
         if len(found) != len(pictures):
             raise RuntimeError(f"detect gave {len(found)} answers for {len(pictures)} pictures")
@@ -217,13 +217,3 @@ def _answers(predictor: "Predictor") -> bool:
 def _is_cuda(predictor: "Predictor") -> bool:
     """Whether torch can say how a predictor's GPU is; an exported file may run on one where no torch is."""
     return str(getattr(predictor, "device", "cpu")).startswith("cuda") and find_spec("torch") is not None
-
-
-def _on_cpu(detections: "Detections") -> "Detections":
-    """The same detections, so that threads that write answers never wait for the device's next batch."""
-    moved: dict[str, Any] = {}
-    for one in fields(detections):
-        value = getattr(detections, one.name)
-        if not str(getattr(value, "device", "cpu")).startswith("cpu"):
-            moved[one.name] = value.cpu()
-    return replace(detections, **moved) if moved else detections

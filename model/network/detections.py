@@ -196,6 +196,18 @@ def with_counts(found: Sequence[Detections]) -> list[Detections]:
     return [replace(one, counts=tuple(own)) for one, own in zip(found, texts, strict=True)]
 
 
+def on_cpu(found: Sequence[Detections]) -> list[Detections]:
+    """The same detections of several pictures of one network, each kind of tensor brought from its device at once."""
+    first = next(iter(found), None)
+    if first is None or isinstance(first.boxes, np.ndarray) or first.boxes.device.type == "cpu":
+        return list(found)
+    import torch
+
+    numbers = [len(one) for one in found]
+    moved = {name: torch.cat([getattr(one, name) for one in found]).cpu().split(numbers) for name in _TENSORS}
+    return [replace(one, **{name: parts[index] for name, parts in moved.items()}) for index, one in enumerate(found)]
+
+
 def _is_floating(values: Any) -> bool:
     return bool(
         np.issubdtype(values.dtype, np.floating) if isinstance(values, np.ndarray) else values.is_floating_point()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsg.model.network.detections import Detections, lowest_of
+from dsg.model.network.detections import Detections, lowest_of, on_cpu, with_counts
 from dsg.ops.rle import decode_rle
 
 
@@ -147,3 +147,19 @@ def test_arrays_do_what_tensors_do():
     assert all(torch.equal(getattr(back, field), getattr(found, field)) for field in fields)
     with pytest.raises(TypeError, match="boxes must be floating point, not int64"):
         dataclasses.replace(arrays, boxes=arrays.boxes.astype(np.int64))
+
+
+def test_on_a_cpu_nothing_is_moved():
+    found = [detections(3), detections(0)]
+    assert [one is other for one, other in zip(on_cpu(found), found, strict=True)] == [True, True]
+    assert on_cpu([]) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_several_pictures_come_from_a_gpu_as_each_alone():
+    there = [with_counts([detections(number)])[0].to("cuda") for number in (3, 0, 5)]
+    for one, other in zip(there, on_cpu(there), strict=True):
+        assert other.boxes.device.type == "cpu" and other.counts == one.counts
+        for name in ("boxes", "scores", "labels", "mask_probs"):
+            assert torch.equal(getattr(one, name).cpu(), getattr(other, name))
