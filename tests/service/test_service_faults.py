@@ -20,6 +20,7 @@ from service_process import ServerProcess, server_process
 
 PNG = {"Content-Type": "image/png"}
 BOX = [20, 10, 40, 30]
+MOST = 8  # pictures in a batch
 GOOD = encoded(picture((20, 10, 60, 40)))
 
 
@@ -89,23 +90,32 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(held: Path) -> Iterator[ServerProcess]:
     """Its device is a process of its own."""
-    with server_process({"TEST_HELD": str(held)}, workers="process", max_batch=8) as running:
+    with server_process({"TEST_HELD": str(held)}, workers="process", max_batch=MOST) as running:
         yield running
 
 
 def batch_of(server: ServerProcess, held: Path, bodies: list[bytes]) -> list[httpx.Response]:
     """Answers to pictures that all wait when the device becomes free, so that they run together."""
-    with ThreadPoolExecutor(1 + len(bodies)) as pool:
-        # Two: while the first one runs, a second is taken before the others can be seen together.
-        first = pool.submit(post, server, faulty_picture(HELD, size=(200, 64)))
-        while server.metrics()["dsg_accepted_pictures"] < 1 or server.metrics()["dsg_queued_pictures"] > 0:
-            pass
+    with ThreadPoolExecutor(2 + len(bodies)) as pool:
+        holding = []
+        for number in (1, 2):  # one that runs, and one that is sent ahead of its end: no more are taken then
+            holding.append(pool.submit(post, server, faulty_picture(HELD, size=(200, 64))))
+            _await_queue(server, accepted=number, queued=0)
         rest = [pool.submit(post, server, body) for body in bodies]
-        while server.metrics()["dsg_queued_pictures"] < len(bodies):
-            pass
-        held.open("w").close()
-        assert first.result().status_code == 200
+        _await_queue(server, accepted=2 + len(bodies), queued=len(bodies))
+        for one in holding:
+            held.open("w").close()
+            assert one.result().status_code == 200
         return [one.result() for one in rest]
+
+
+def _await_queue(server: ServerProcess, accepted: int, queued: int) -> None:
+    """Wait until so many pictures are accepted, all of them decoded, and so many of them not taken by a device."""
+    while True:
+        metrics = server.metrics()
+        if (metrics["dsg_accepted_pictures"], metrics["dsg_queued_pictures"]) == (accepted, queued):
+            if metrics["dsg_in_flight_bytes"] == 0:
+                return
 
 
 def metric_grows(server: ServerProcess, name: str) -> Callable[[], float]:
