@@ -11,17 +11,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from dsg.service.device_thread import (
-    DeadlinePassed,
-    DeviceStopped,
-    DeviceThread,
-    Queue,
-    fail,
-    forget_when_cancelled,
-)
+from dsg.service.device_thread import DeviceThread
 from dsg.service.devices import Device, DeviceLost, OutOfMemory, WorkerDied
 from dsg.service.metrics import Metrics
 from dsg.service.pace import BatchLimit
+from dsg.service.shared_queue import DeadlinePassed, DeviceStopped, Queue, fail, forget_when_cancelled
 from dsg.service.waiting import Outcome, Ticket, WaitingPictures
 
 if TYPE_CHECKING:

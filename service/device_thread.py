@@ -3,63 +3,20 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import structlog
 
 from dsg.service.devices import Device, DeviceLost, OutOfMemory, Ran, WorkerDied
-from dsg.service.metrics import Metrics
-from dsg.service.pace import BatchLimit, Pace
-from dsg.service.waiting import Outcome, Ticket, WaitingPictures
+from dsg.service.pace import BatchLimit
+from dsg.service.shared_queue import Batch, DeadlinePassed, DeviceStopped, Queue, fail
+from dsg.service.waiting import Outcome, Ticket
 
 _log = structlog.get_logger("dsg.service")
 _MOST_DEATHS = 3  # of a worker, one after the other without a batch between them that ran
 # How long before the end of a batch the next one is sent ahead: what its pixels take to a GPU's process and memory, and
 # an answer takes back. Sent earlier it would be smaller than it need be; later, and the device would stand idle.
 _TRAVEL_S = 0.006
-
-
-class DeadlinePassed(Exception):
-    """A picture's deadline passed before a device came to it."""
-
-
-class DeviceStopped(Exception):
-    """The batcher was closed before a device came to a picture."""
-
-
-@dataclass
-class Queue:
-    """What the devices' threads share."""
-
-    waiting: WaitingPictures
-    metrics: Metrics
-    pace: Pace = field(default_factory=Pace)
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    closed: bool = False
-    threads: int = 0
-    """That take from it."""
-    idle: int = 0
-    """Of them, those whose device has nothing to do."""
-
-    def count(self) -> None:
-        """Tell the metrics what waits."""
-        self.metrics.queued.set(len(self.waiting))
-
-
-@dataclass
-class _Batch:
-    tickets: list[Ticket]
-    began: float
-    end: Callable[[], Ran] | None = None
-    started: float = 0.0
-    """When the device had nothing else left to run."""
-    done: bool = False
-
-    @property
-    def pixels(self) -> int:
-        return sum(ticket.pixels for ticket in self.tickets)
 
 
 class DeviceThread:
@@ -80,7 +37,7 @@ class DeviceThread:
         self._limit = limit
         self._queue = queue
         self._own: deque[list[Ticket]] = deque()  # batches that this device alone runs, before any other
-        self._running: deque[_Batch] = deque()
+        self._running: deque[Batch] = deque()
         self._deaths = 0
         self._thread = threading.Thread(target=self._work, name=f"dsg-device {device.name}", daemon=True)
         self._say_limit()
@@ -127,13 +84,13 @@ class DeviceThread:
             if live:
                 lowest = min(ticket.score_threshold for ticket in live)
                 pictures = [ticket.picture for ticket in live]
-                batch = _Batch(live, now, started=now)
+                batch = Batch(live, now, started=now)
                 say_done = partial(self._say_done, batch)
                 batch.end = self.device.begin(live[0].model.number, pictures, lowest, say_done)
                 self._running.append(batch)
         return True
 
-    def _say_done(self, batch: _Batch) -> None:
+    def _say_done(self, batch: Batch) -> None:
         with self._queue.changed:
             batch.done = True
             self._queue.changed.notify_all()
@@ -188,7 +145,7 @@ class DeviceThread:
             return False
         return True
 
-    def _end_batch(self, batch: _Batch) -> None:
+    def _end_batch(self, batch: Batch) -> None:
         assert batch.end is not None
         try:
             ran = batch.end()
@@ -203,7 +160,7 @@ class DeviceThread:
         else:
             self._answer(batch, ran)
 
-    def _answer(self, batch: _Batch, ran: Ran) -> None:
+    def _answer(self, batch: Batch, ran: Ran) -> None:
         metrics, name, size = self._queue.metrics, self.device.name, len(batch.tickets)
         self._deaths = 0
         for kind, count in ran.memory.items():
@@ -220,7 +177,7 @@ class DeviceThread:
         for ticket, detections in zip(batch.tickets, ran.detections, strict=True):
             ticket.future.set_result(Outcome(detections, batch.began - ticket.arrived, ran.seconds, size))
 
-    def _failed(self, batch: _Batch, error: Exception) -> None:
+    def _failed(self, batch: Batch, error: Exception) -> None:
         """Run the halves of a batch whose network failed, so that only the picture at fault fails."""
         if len(batch.tickets) == 1:
             batch.tickets[0].future.set_exception(error)
@@ -229,7 +186,7 @@ class DeviceThread:
         self._queue.metrics.batch_splits.labels("error").inc()
         self._halve(batch)
 
-    def _out_of_memory(self, batch: _Batch, error: OutOfMemory) -> None:
+    def _out_of_memory(self, batch: Batch, error: OutOfMemory) -> None:
         """Run the halves, and smaller batches from now on; a single picture once more, since memory was freed."""
         ticket = batch.tickets[0]
         if len(batch.tickets) > 1:
@@ -245,17 +202,17 @@ class DeviceThread:
             _log.error("out of memory for one picture", pixels=ticket.pixels, error=str(error)[:500])
             ticket.future.set_exception(error)
 
-    def _halve(self, batch: _Batch) -> None:
+    def _halve(self, batch: Batch) -> None:
         middle = len(batch.tickets) // 2
         self._own.extendleft((batch.tickets[middle:], batch.tickets[:middle]))
 
-    def _lost(self, batch: _Batch, error: DeviceLost) -> None:
+    def _lost(self, batch: Batch, error: DeviceLost) -> None:
         self.fault = "a device has failed and stays so until this process is restarted"
         _log.error("device lost", device=self.device.name, error=str(error)[:500])
         for ticket in batch.tickets:
             ticket.future.set_exception(error)
 
-    def _revive(self, batch: _Batch, error: WorkerDied) -> None:
+    def _revive(self, batch: Batch, error: WorkerDied) -> None:
         """Restart the worker, and run what it had again: each picture of the batch alone, since one may be the cause.
 
         A picture that takes a worker with it when it runs alone fails.
@@ -319,28 +276,3 @@ class DeviceThread:
 
     def _say_limit(self) -> None:
         self._queue.metrics.batch_limit.labels(self.device.name).set(self._limit.pixels)
-
-
-def fail(tickets: list[Ticket], error: Exception) -> None:
-    """Answer pictures with an error, those apart whose clients have gone."""
-    for ticket in tickets:
-        if not ticket.future.done() and (ticket.future.running() or ticket.future.set_running_or_notify_cancel()):
-            ticket.future.set_exception(error)
-
-
-def forget_when_cancelled(queue: Queue, ticket: Ticket) -> None:
-    """Have a picture leave the queue at once when its client gives up.
-
-    Not left until its turn: clients that hang up by the hundred must not fill the memory.
-    """
-    ticket.future.add_done_callback(partial(_forget, queue, ticket))
-
-
-def _forget(queue: Queue, ticket: Ticket, future: object) -> None:
-    if not ticket.future.cancelled():
-        return
-    with queue.changed:
-        was_waiting = queue.waiting.discard(ticket)
-        queue.count()
-    if was_waiting:
-        queue.metrics.dropped.labels("cancelled").inc()
