@@ -26,6 +26,10 @@ _FIRST_PAUSE_S = 0.25  # where the server does not say how long; doubles each ti
 _LONGEST_PAUSE_S = 10.0  # ... up to this
 _JITTER = 0.25  # waits are up to this share longer, so that those refused together do not come back together
 
+# How long an idle connection is used again. The server closes those that are idle for 5 s; what is sent into one just as it
+# closes is lost, and httpx's own bound is 5 s, too.
+_IDLE_S = 2.0
+
 
 class SegmentError(Exception):
     """The server's refusal, or that it was not reached in time.
@@ -116,7 +120,8 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._settings = _Settings(url, key, timeout_s)
-        self._http = httpx.Client(**self._settings.http, transport=transport)
+        limits = httpx.Limits(keepalive_expiry=_IDLE_S)
+        self._http = httpx.Client(**self._settings.http, transport=transport, limits=limits)
 
     def segment(
         self,
@@ -182,7 +187,7 @@ class AsyncClient:
         max_connections: int = 100,
     ) -> None:
         self._settings = _Settings(url, key, timeout_s)
-        limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+        limits = httpx.Limits(max_connections, max_connections, keepalive_expiry=_IDLE_S)
         self._http = httpx.AsyncClient(**self._settings.http, transport=transport, limits=limits)
 
     async def segment(

@@ -50,12 +50,11 @@ class _Worker:
         self._pictures = pictures
         self._device = device
         self._is_cuda = device.name.startswith("cuda")
+        self._sending = threading.Lock()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
 
     def work(self) -> None:
         threading.Thread(target=self._read, daemon=True).start()
-        threading.Thread(target=self._send, daemon=True).start()
         while True:
             self._tasks.get()()
 
@@ -100,32 +99,22 @@ class _Worker:
         assert predictor is not None
         return predictor.info.hash
 
-    def _detect(self, model: int, prepared: list[Any], threshold: float) -> Ran:
-        return self._device.begin(model, prepared, threshold)()
+    def _detect(self, model: int, prepared: list[Any], threshold: float) -> tuple[list[Any], float, dict[str, int]]:
+        ran = self._device.begin(model, prepared, threshold)()
+        return [pack(one) for one in ran.detections], ran.seconds, ran.memory
 
     def _answer(self, number: int, task: Callable[..., Any], *given: Any) -> None:
+        """Run a task and send what it gives: before the next one begins, which may be the end of this process."""
         try:
-            self._answers.put((number, "done", task(*given)))
+            answer = (number, "done", task(*given))
         except Exception as error:
             kind = next((word for known, word in _FAILURES.items() if isinstance(error, known)), "error")
             text = str(error)
             if kind == "error":  # for the log: its traceback is on this side
                 text = "\n".join((f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])))
-            self._answers.put((number, kind, text))
-
-    def _send(self) -> None:
-        """Write answers, while the next batch runs."""
-        try:
-            while True:
-                number, kind, answer = self._answers.get()
-                if isinstance(answer, Ran):
-                    answer = [pack(one) for one in answer.detections], answer.seconds, answer.memory
-                data = pickle.dumps((number, kind, answer), pickle.HIGHEST_PROTOCOL)
-                with contextlib.suppress(OSError):  # the server is gone; whoever reads notices it, too
-                    self._connection.send_bytes(data)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
+            answer = (number, kind, text)
+        with self._sending, contextlib.suppress(OSError):
+            self._connection.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
 
 
 def pack(detections: "Detections") -> tuple[type, dict[str, Any], frozenset[str]]:

@@ -40,7 +40,8 @@ async def client_of(number: int, http: httpx.AsyncClient, statuses: Counter) -> 
 
 
 async def all_clients(url: str, statuses: Counter) -> None:
-    limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
+    # The server closes what is idle for 5 s; httpx uses it for as long, and may send just as it is closed.
+    limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS, keepalive_expiry=2.0)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
         async with asyncio.TaskGroup() as group:
             for number in range(CLIENTS):
