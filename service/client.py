@@ -25,8 +25,8 @@ _ASK_AGAIN = frozenset({429, 503})
 _FIRST_PAUSE_S = 0.25  # where the server does not say how long; doubles each time ...
 _LONGEST_PAUSE_S = 10.0  # ... up to this
 _JITTER = 0.25  # waits are up to this share longer, so that those refused together do not come back together
-# How long an idle connection is used again. The server closes those that are idle for 5 s, and what is sent into one just
-# as it closes is lost; httpx's own bound is 5 s, too.
+# How long an idle connection is used again. The server closes those that are idle for 5 s, and what is sent into one as
+# it closes is lost; httpx's own bound is 5 s, too.
 _IDLE_S = 2.0
 
 
