@@ -49,12 +49,17 @@ class ExportGraph(nn.Module):
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """images float32 [B, 3, H, W], sizes int64 [B, 2] -> the tensors of `contract.OUTPUTS`."""
-        height, width = images.shape[-2:]
-        full_height, full_width = padded_size(height, width)
-        padded = functional.pad(images, (0, full_width - width, 0, full_height - height))
+        padded = pad_images(images)
         found = self.detector.infer(padded.half() if self._half else padded, sizes)
         assert found._fields == tuple(OUTPUTS)
         return tuple(found)
+
+
+def pad_images(images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 3, H', W']
+    """Zeros on the right and below, up to sides that are multiples of 32."""
+    height, width = images.shape[-2:]
+    full_height, full_width = padded_size(height, width)
+    return functional.pad(images, (0, full_width - width, 0, full_height - height))
 
 
 def example(device: torch.device) -> tuple[Tensor, Tensor]:

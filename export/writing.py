@@ -14,20 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from dsg.export import writers
 from dsg.export.container import attach
 from dsg.export.contract import OUTPUTS, Contract, ExportError, Format
 from dsg.export.exportable import refusal
-from dsg.export.graph import ExportGraph
+from dsg.export.graph import ExportGraph, pad_images
 from dsg.export.op_library import OP_LIBRARY
 from dsg.export.proof import FLOAT16, FLOAT32, NOTHING, Arrays, Comparison, Tolerance, compare
 from dsg.export.proof_cases import Case, cases_of_pictures, made_up_cases
 from dsg.model.network import predictor
 from dsg.model.network.detector import Detector
 from dsg.model.network.float32 import whole_float32
-from dsg.model.network.sizes import padded_size
 
 _WRITERS: dict[Format, Callable[[ExportGraph, Path, torch.device], tuple[str, ...]]] = {
     Format.ONNX: writers.write_onnx,
@@ -162,11 +160,8 @@ def _compare(path: Path, case: Case, wanted: Arrays, found: Arrays, tolerance: T
 @torch.inference_mode()
 def _run_eager(detector: Detector, case: Case, device: torch.device) -> Arrays:
     images = torch.from_numpy(case.images).to(device)
-    height, width = images.shape[-2:]
-    full_height, full_width = padded_size(height, width)
-    padded = functional.pad(images, (0, full_width - width, 0, full_height - height))
     with whole_float32():
-        outputs = detector.infer(padded.to(detector.dtype), torch.from_numpy(case.sizes).to(device))
+        outputs = detector.infer(pad_images(images).to(detector.dtype), torch.from_numpy(case.sizes).to(device))
     return {name: output.cpu().numpy() for name, output in zip(OUTPUTS, outputs, strict=True)}
 
 

@@ -84,15 +84,14 @@ class DeviceThread:
             if live:
                 lowest = min(ticket.score_threshold for ticket in live)
                 pictures = [ticket.picture for ticket in live]
-                batch = Batch(live, now, started=now)
-                say_done = partial(self._say_done, batch)
-                batch.end = self.device.begin(live[0].model.number, pictures, lowest, say_done)
-                self._running.append(batch)
+                done = threading.Event()
+                end = self.device.begin(live[0].model.number, pictures, lowest, partial(self._say_done, done))
+                self._running.append(Batch(live, now, end, done, started=now))
         return True
 
-    def _say_done(self, batch: Batch) -> None:
+    def _say_done(self, done: threading.Event) -> None:
         with self._queue.changed:
-            batch.done = True
+            done.set()
             self._queue.changed.notify_all()
 
     def _next_batch(self) -> list[Ticket] | None:
@@ -100,10 +99,10 @@ class DeviceThread:
         queue = self._queue
         with queue.changed:
             if self._running:
-                while not (queue.closed or self._own or self._running[0].done or self._is_next_due):
+                while not (queue.closed or self._own or self._is_next_due):
+                    if self._running[0].done.is_set():
+                        return None
                     queue.changed.wait(self._seconds_until_due if self._has_next else None)
-                if not (self._own or self._is_next_due):
-                    return None
             else:
                 queue.idle += 1
                 queue.changed.wait_for(lambda: queue.closed or self._own or queue.waiting)
@@ -126,7 +125,7 @@ class DeviceThread:
         """Whether the next batch is to be sent ahead: it is full, or what runs has ended or is about to."""
         waiting = self._queue.waiting
         is_full = waiting.pixels >= self._limit.pixels or len(waiting) >= self._limit.pictures
-        return self._has_next and (is_full or self._running[0].done or self._seconds_until_due <= 0)
+        return self._has_next and (is_full or self._running[0].done.is_set() or self._seconds_until_due <= 0)
 
     @property
     def _seconds_until_due(self) -> float:
@@ -146,7 +145,6 @@ class DeviceThread:
         return True
 
     def _end_batch(self, batch: Batch) -> None:
-        assert batch.end is not None
         try:
             ran = batch.end()
         except OutOfMemory as error:

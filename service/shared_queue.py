@@ -44,10 +44,10 @@ class Batch:
 
     tickets: list[Ticket]
     began: float
-    end: Callable[[], Ran] | None = None
-    started: float = 0.0
+    end: Callable[[], Ran]
+    done: threading.Event
+    started: float
     """When the device had nothing else left to run."""
-    done: bool = False
 
     @property
     def pixels(self) -> int:

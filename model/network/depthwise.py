@@ -8,7 +8,7 @@ B images, C channels, H and W height and width, k side of a kernel.
 import torch
 from torch import Tensor, nn
 
-from dsg.model.network.norm import FrozenBatchNorm2d
+from dsg.model.network.norm import FrozenBatchNorm2d, folded
 from dsg.model.network.tracing import is_traced
 from dsg.ops._load import loaded_kernels
 
@@ -47,12 +47,10 @@ def depthwise_relu6(convolution: nn.Conv2d, norm: nn.Module, x: Tensor, dtype: t
     Returns:
         Tensor[B, C, H / stride, W / stride], sides rounded up.
     """
-    weight = convolution.weight.float()  # [C, 1, k, k]
     if isinstance(norm, FrozenBatchNorm2d):
-        scale, shift = (one.float() for one in norm.scale_and_shift())
-        weight = weight * scale.view(-1, 1, 1, 1)
+        weight, bias = folded(convolution, norm)  # [C, 1, k, k], [C]
     else:
-        shift = convolution.get_parameter("bias").float()
+        weight, bias = convolution.weight, convolution.get_parameter("bias")
     stride, (batch, channels, height, width) = convolution.stride[0], x.shape
     out = torch.empty(
         (batch, channels, -(-height // stride), -(-width // stride)),
@@ -60,6 +58,6 @@ def depthwise_relu6(convolution: nn.Conv2d, norm: nn.Module, x: Tensor, dtype: t
         device=x.device,
         memory_format=torch.channels_last,
     )
-    by_tap = weight.flatten(1).t().contiguous()  # [k * k, C]: neighbouring channels together, as in the features
-    torch.ops.dsg.depthwise_relu6(x, by_tap, shift.contiguous(), convolution.kernel_size[0], stride, out)
+    by_tap = weight.float().flatten(1).t().contiguous()  # [k * k, C]: neighbouring channels together, as in `x`
+    torch.ops.dsg.depthwise_relu6(x, by_tap, bias.float().contiguous(), convolution.kernel_size[0], stride, out)
     return out

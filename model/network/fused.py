@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
 from dsg.model.network.tracing import is_traced
+from dsg.model.network.whole import HALF_PRECISION
 from dsg.ops._load import loaded_kernels
 
 _WIDTH = 8  # tensor cores read this many channels of half precision at a time
@@ -24,7 +25,7 @@ def is_fused(x: Tensor) -> bool:
     """Whether layers on `x` [B, C, H, W] are to be fused: half precision, channels-last, on a GPU."""
     return (
         x.is_cuda
-        and x.dtype in (torch.float16, torch.bfloat16)
+        and x.dtype in HALF_PRECISION
         and not torch.compiler.is_compiling()
         and not is_traced()
         and x.is_contiguous(memory_format=torch.channels_last)

@@ -219,8 +219,7 @@ class Fusion(nn.Module):
             step = added.shape[-1] // width
             if (step * height, step * width) == tuple(added.shape[-2:]):
                 return add_pooled(features, added, step)  # as below, and many times quicker there and back
-            else:
-                added = functional.adaptive_avg_pool2d(added, (height, width))  # [R, C, P, P]
+            added = functional.adaptive_avg_pool2d(added, (height, width))  # [R, C, P, P]
         return features + added
 
     def _convolved(self, mask_features: Tensor) -> Tensor:  # [R, C, Q, Q] -> [R, C, Q, Q]

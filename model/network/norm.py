@@ -76,6 +76,13 @@ class HeadNorm(nn.BatchNorm2d):
         return normalised
 
 
+def folded(convolution: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight [C, C_in / groups, k, k] and bias [C] of the one convolution that is a convolution without bias and then
+    its norm."""
+    scale, shift = norm.scale_and_shift()
+    return convolution.weight * scale.view(-1, 1, 1, 1), shift
+
+
 def convolve_and_normalise(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """`norm(convolution(x))`; at test time on a CPU by one convolution with scaled weights.
 
@@ -91,12 +98,11 @@ def convolve_and_normalise(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -
     if not in_one or not isinstance(norm, FrozenBatchNorm2d):
         normalised: Tensor = norm(convolution(x))
         return normalised
-    scale, shift = norm.scale_and_shift()
-    weight = (convolution.weight * scale.view(-1, 1, 1, 1)).to(x.dtype)  # [C, C_in / groups, k, k]
+    weight, bias = folded(convolution, norm)
     return F.conv2d(
         x,
-        weight,
-        shift.to(x.dtype),
+        weight.to(x.dtype),
+        bias.to(x.dtype),
         stride=convolution.stride,
         padding=convolution.padding,
         dilation=convolution.dilation,
@@ -109,8 +115,7 @@ def convolve_normalise_relu(convolution: nn.Conv2d, norm: nn.Module, x: Tensor, 
     if isinstance(norm, nn.Identity):
         return convolve_relu(convolution, x, other)
     if isinstance(norm, FrozenBatchNorm2d) and fits(convolution, x, other):
-        scale, shift = norm.scale_and_shift()
-        return fused_convolution(convolution, x, convolution.weight * scale.view(-1, 1, 1, 1), shift, other)
+        return fused_convolution(convolution, x, *folded(convolution, norm), other)
     out = convolve_and_normalise(convolution, norm, x)
     if other is not None:
         out += other
@@ -131,8 +136,8 @@ def fold_norms(module: nn.Module) -> None:
                 continue
             if convolution.out_channels != norm.weight.numel():
                 continue
-            scale, shift = norm.scale_and_shift()
-            weight = (convolution.weight * scale.view(-1, 1, 1, 1)).to(convolution.weight.dtype)
-            convolution.weight = nn.Parameter(weight, requires_grad=False)
-            convolution.bias = nn.Parameter(shift.to(weight.dtype, copy=True), requires_grad=False)
+            dtype = convolution.weight.dtype
+            weight, bias = folded(convolution, norm)
+            convolution.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            convolution.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
             setattr(parent, name, nn.Identity())

@@ -13,6 +13,7 @@ from dsg.model.network.boxes import clip_boxes, decode_deltas, has_sides, non_ma
 from dsg.model.network.fused import by_pixel, convolve_relu, is_fused
 from dsg.model.network.tracing import is_traced
 from dsg.model.network.types import Proposals
+from dsg.model.network.whole import HALF_PRECISION
 from dsg.ops.nms import after_all
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
@@ -76,7 +77,7 @@ class RPNHead(nn.Module):
 
 def widen(tensor: Tensor) -> Tensor:
     """Half precision to float32: boxes, overlaps and probabilities are not safe in less."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.dtype in HALF_PRECISION else tensor
 
 
 class ProposalSelector(nn.Module):

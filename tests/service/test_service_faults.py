@@ -21,7 +21,6 @@ from service_process import ServerProcess, server_process
 
 PNG = {"Content-Type": "image/png"}
 BOX = [20, 10, 40, 30]
-MOST = 8  # pictures in a batch
 GOOD = encoded(picture((20, 10, 60, 40)))
 
 
@@ -91,7 +90,7 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(held: Path) -> Iterator[ServerProcess]:
     """Its device is a process of its own."""
-    with server_process({"TEST_HELD": str(held)}, workers="process", max_batch=MOST) as running:
+    with server_process({"TEST_HELD": str(held)}, workers="process", max_batch=8) as running:
         yield running
 
 
@@ -116,9 +115,9 @@ def _await_queue(server: ServerProcess, accepted: int, queued: int) -> None:
     """Wait until so many pictures are accepted, all of them decoded, and so many of them not taken by a device."""
     while True:
         metrics = server.metrics()
-        if (metrics["dsg_accepted_pictures"], metrics["dsg_queued_pictures"]) == (accepted, queued):
-            if metrics["dsg_in_flight_bytes"] == 0:
-                return
+        found = (metrics["dsg_accepted_pictures"], metrics["dsg_queued_pictures"], metrics["dsg_in_flight_bytes"])
+        if found == (accepted, queued, 0):
+            return
 
 
 def metric_grows(server: ServerProcess, name: str) -> Callable[[], float]:
