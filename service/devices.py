@@ -5,6 +5,7 @@ meanwhile. A GPU is fed by many short calls, which would wait for the lock behin
 so it gets a process of its own (`dsg.service.worker_device`).
 """
 
+import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from dsg.model.network.detections import on_cpu, with_counts
 if TYPE_CHECKING:
     from dsg.model.network.detections import Detections
     from dsg.model.network.predictor import Predictor, PreparedImage
+
+_MEMORY_S = 1.0  # how often a GPU is asked for its memory, which takes half a millisecond
 
 LoadPredictor = Callable[[str, str | None], "Predictor"]
 """(name or path, device or None for the best) -> Predictor; raises ValueError or OSError with one line."""
@@ -43,7 +46,8 @@ class Ran:
     seconds: float
     """What the device took for it."""
     memory: dict[str, int]
-    """Bytes of the device's memory by kind (`allocated`, `reserved`, `free`, `total`); empty for a CPU."""
+    """Bytes of the device's memory by kind (`allocated`, `reserved`, `free`, `total`); empty for a CPU, and where it
+    was not asked."""
 
 
 class Device(Protocol):
@@ -110,6 +114,7 @@ class LocalDevice:
         self._asked = name
         self._load = load
         self._predictors: dict[int, Predictor] = {}
+        self._asked_for_memory = -math.inf
 
     def start(self) -> None:
         pass
@@ -125,7 +130,7 @@ class LocalDevice:
         score_threshold: float,
         when_done: Callable[[], None] = lambda: None,
     ) -> Callable[[], Ran]:
-        return lambda: run(self._predictors[model], pictures, score_threshold)
+        return lambda: run(self._predictors[model], pictures, score_threshold, with_memory=self._is_memory_due())
 
     def share(self, picture: "PreparedImage") -> "PreparedImage":
         return picture
@@ -139,13 +144,22 @@ class LocalDevice:
     def close(self) -> None:
         self._predictors.clear()
 
+    def _is_memory_due(self) -> bool:
+        now = time.monotonic()
+        if now < self._asked_for_memory + _MEMORY_S:
+            return False
+        self._asked_for_memory = now
+        return True
+
 
 def are_processes(devices: Sequence[Device]) -> bool:
     """Whether the devices are processes of their own, and this one only prepares pictures and writes answers."""
     return not any(isinstance(device, LocalDevice) for device in devices)
 
 
-def run(predictor: "Predictor", pictures: "Sequence[PreparedImage]", score_threshold: float) -> Ran:
+def run(
+    predictor: "Predictor", pictures: "Sequence[PreparedImage]", score_threshold: float, with_memory: bool = True
+) -> Ran:
     """Run one batch here and now; raises as `Device.begin` says."""
     started = time.monotonic()
     try:
@@ -157,7 +171,7 @@ def run(predictor: "Predictor", pictures: "Sequence[PreparedImage]", score_thres
         seconds = time.monotonic() - started
         if len(found) != len(pictures):
             raise RuntimeError(f"detect gave {len(found)} answers for {len(pictures)} pictures")
-        return Ran(found, seconds, memory_of(predictor))
+        return Ran(found, seconds, memory_of(predictor) if with_memory else {})
     except Exception as error:
         failure = _named(error, predictor)
         # The traceback holds the batch's tensors, and whatever runs next needs their memory; its text is for the log.

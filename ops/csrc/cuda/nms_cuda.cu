@@ -59,6 +59,9 @@ __global__ void __launch_bounds__(kBits) compare_kernel(
   bits[(image * count + row) * words + word] = found;
 }
 
+constexpr int kShares = kThreads / kBits;      // threads that gather one word of what 64 rows suppress ...
+constexpr int kRowsOfShare = kBits / kShares;  // ... and the rows that each of them reads
+
 __global__ void __launch_bounds__(kThreads) walk_kernel(
     const Word* __restrict__ bits, const bool* __restrict__ valid, int64_t count, int64_t words,
     bool* __restrict__ keep) {
@@ -68,39 +71,52 @@ __global__ void __launch_bounds__(kThreads) walk_kernel(
   bits += blockIdx.x * count * words;
   valid += blockIdx.x * count;
   keep += blockIdx.x * count;
-  for (int64_t word = threadIdx.x; word < words; word += kThreads) {
-    Word absent = 0;
-    for (int bit = 0; bit < kBits; ++bit) {
-      const int64_t row = word * kBits + bit;
-      absent |= (row < count && valid[row]) ? Word{0} : Word{1} << bit;
+  const int lane = threadIdx.x % kBits, share = threadIdx.x / kBits;
+  for (int64_t row = threadIdx.x; row < words * kBits; row += kThreads) {
+    const unsigned present = __ballot_sync(~0u, row < count && valid[row]);
+    if (row % warpSize == 0) {
+      reinterpret_cast<unsigned*>(gone)[row / warpSize] = ~present;
     }
-    gone[word] = absent;
   }
+  Word next_diagonal = share == 0 && lane < count ? bits[lane * words] : 0;
   for (int64_t part = 0; part < words; ++part) {
     const int64_t first = part * kBits;
-    if (threadIdx.x < kBits) {
-      const int64_t row = first + threadIdx.x;
-      diagonal[threadIdx.x] = row < count ? bits[row * words + part] : 0;
+    if (share == 0) {
+      diagonal[lane] = next_diagonal;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
       Word left_out = gone[part];
+#pragma unroll
       for (int bit = 0; bit < kBits; ++bit) {
         left_out |= (left_out >> bit & 1) ? Word{0} : diagonal[bit];
       }
       staying = ~left_out;
     }
+    // Read while that one thread is busy.
+    const int64_t next_row = first + kBits + lane;
+    next_diagonal = share == 0 && next_row < count ? bits[next_row * words + part + 1] : 0;
     __syncthreads();
     const Word stays = staying;
-    if (threadIdx.x < kBits && first + threadIdx.x < count) {
-      keep[first + threadIdx.x] = stays >> threadIdx.x & 1;
+    if (share == 0 && first + lane < count) {
+      keep[first + lane] = stays >> lane & 1;
     }
-    for (int64_t word = part + 1 + threadIdx.x; word < words; word += kThreads) {
-      Word suppressed = 0;
-      for (Word rest = stays; rest != 0; rest &= rest - 1) {
-        suppressed |= bits[(first + __ffsll(static_cast<long long>(rest)) - 1) * words + word];
+    const Word own = stays >> (share * kRowsOfShare);  // rows past the last box never stay
+    const int64_t first_row = first + share * kRowsOfShare, last_row = count - 1;
+    for (int64_t word = part + 1 + lane; word < words; word += kBits) {
+      Word read[kRowsOfShare];  // whoever stays or not, so that all are asked for at once
+#pragma unroll
+      for (int row = 0; row < kRowsOfShare; ++row) {
+        read[row] = bits[min(first_row + row, last_row) * words + word];
       }
-      gone[word] |= suppressed;
+      Word suppressed = 0;
+#pragma unroll
+      for (int row = 0; row < kRowsOfShare; ++row) {
+        suppressed |= read[row] & (Word{0} - (own >> row & 1));
+      }
+      if (suppressed != 0) {
+        atomicOr(&gone[word], suppressed);
+      }
     }
     __syncthreads();
   }
