@@ -32,8 +32,8 @@ def encode_on_cuda(
     columns: int,
     threshold: float,
     on_grid: bool,
-) -> list[str]:
-    """COCO's compressed counts of each mask.
+) -> tuple[list[str], list[int]]:
+    """COCO's compressed counts of each mask, and how many of its pixels are set.
 
     Args:
         probs: float32 [N, m, m] in [0, 1]; boxes: float32 [N, 4] xyxy pixels; both as in `dsg.ops.encode_masks`.
@@ -43,31 +43,50 @@ def encode_on_cuda(
         on_grid: sampled at pixel centres, `paste="grid"`; else torchvision's convention.
     """
     if len(probs) == 0:
-        return []
+        return [], []
     how = columns, threshold, on_grid
     masks = probs.contiguous(), boxes.contiguous(), sizes.contiguous()
     counts = torch.ops.dsg.mask_change_counts(*masks, *how)  # int32 [N, W]
     ends = counts.flatten().cumsum(0)  # int64 [N * W]
     of_masks = ends[columns - 1 :: columns].tolist()  # the host waits here, ...
     texts: list[str] = []
+    areas: list[int] = []
     for first, last in _parts(of_masks):
         part = tuple(tensor[first:last] for tensor in masks)
         before = of_masks[first - 1] if first else 0
         places = ends[first * columns : last * columns] - before  # [n * W]
         total = of_masks[last - 1] - before
         changes = torch.ops.dsg.mask_changes(*part, *how, places, total)  # int32 [total]
-        texts += _texts(changes, places[columns - 1 :: columns].contiguous(), part[2])
-    return texts
+        own_texts, own_areas = _written(changes, places[columns - 1 :: columns].contiguous(), part[2])
+        texts += own_texts
+        areas += own_areas
+    return texts, areas
 
 
-def _texts(changes: Tensor, ends: Tensor, sizes: Tensor) -> list[str]:  # int32 [total], int64 [n], int64 [n, 2]
+def _written(
+    changes: Tensor,  # int32 [total]
+    ends: Tensor,  # int64 [n]
+    sizes: Tensor,  # int64 [n, 2]
+) -> tuple[list[str], list[int]]:
     lengths = torch.ops.dsg.rle_lengths(changes, ends, sizes)  # int32 [total + n]
     text_ends = lengths.cumsum(0)  # int64 [total + n]
     numbers = torch.arange(len(ends), device=ends.device)
-    cuts = text_ends[ends + numbers].tolist()  # ... here, ...
+    both = torch.cat([text_ends[ends + numbers], _areas(changes, ends, sizes)]).tolist()  # ... here, ...
+    cuts, areas = both[: len(ends)], both[len(ends) :]
     text = torch.ops.dsg.rle_text(changes, ends, sizes, text_ends, cuts[-1])  # uint8 [characters]
     whole = text.cpu().numpy().tobytes().decode("ascii")  # ... and here
-    return [whole[begin:end] for begin, end in pairwise([0, *cuts])]
+    return [whole[begin:end] for begin, end in pairwise([0, *cuts])], areas
+
+
+def _areas(changes: Tensor, ends: Tensor, sizes: Tensor) -> Tensor:  # int64 [n]
+    """A mask's changes are where runs of set pixels begin and end, in turn; the last run may go to the last pixel."""
+    signed = torch.nn.functional.pad(changes, (1, 0))  # int32 [total + 1]
+    signed[1::2].neg_()
+    # Where these sums overflow, their differences are still right: an area is below 2^31.
+    sums = signed.cumsum(0, dtype=torch.int32)
+    begins = torch.nn.functional.pad(ends, (1, -1))  # [n]
+    within = (sums[ends] - sums[begins]).long() * (1 - 2 * (begins % 2))  # ends less beginnings
+    return within + (ends - begins) % 2 * sizes.prod(dim=1)
 
 
 def _parts(ends: list[int]) -> list[tuple[int, int]]:

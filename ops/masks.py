@@ -79,14 +79,14 @@ def encode_masks(
         N times `{"size": [H, W], "counts": str}`, byte for byte what pycocotools makes of the pasted masks; on a GPU
         with paste "grid", but for pixels whose probability is the threshold up to its last bit.
     """
-    (texts,) = encode_mask_batches([(probs, boxes, image_size)], threshold, paste)
+    ((texts, _),) = encode_mask_batches([(probs, boxes, image_size)], threshold, paste)
     return [{"size": [int(image_size[0]), int(image_size[1])], "counts": text} for text in texts]
 
 
 def encode_mask_batches(
     batches: Sequence[tuple[Tensor, Tensor, tuple[int, int]]], threshold: float = 0.5, paste: str = "box"
-) -> list[list[str]]:
-    """The compressed counts of the masks of several pictures, each as `encode_masks` gives them.
+) -> list[tuple[list[str], list[int]]]:
+    """The compressed counts of the masks of several pictures, each as `encode_masks` gives them, and their areas.
 
     Args:
         batches: probs [N, m, m], boxes [N, 4] and (H, W) of each picture; on one device, m the same in all. A GPU does
@@ -97,7 +97,7 @@ def encode_mask_batches(
         return [_encode_picture(*one, threshold, paste) for one in batches]
     numbers = [len(probs) for probs, _, _ in batches]
     sizes = torch.tensor([size for _, _, size in batches]).repeat_interleave(torch.tensor(numbers), dim=0)  # [N, 2]
-    texts = encode_on_cuda(
+    texts, areas = encode_on_cuda(
         torch.cat([probs for probs, _, _ in batches]),
         torch.cat([boxes.float() for _, boxes, _ in batches]),
         sizes.to(batches[0][0].device),
@@ -106,7 +106,8 @@ def encode_mask_batches(
         paste == "grid",
     )
     ends = list(accumulate(numbers))
-    return [texts[end - number : end] for number, end in zip(numbers, ends, strict=True)]
+    parts = [slice(end - number, end) for number, end in zip(numbers, ends, strict=True)]
+    return [(texts[part], areas[part]) for part in parts]
 
 
 def _encode_picture(
@@ -115,7 +116,7 @@ def _encode_picture(
     image_size: tuple[int, int],
     threshold: float,
     paste: str,
-) -> list[str]:
+) -> tuple[list[str], list[int]]:
     nothing = window_counts(np.zeros((0, 0), dtype=np.bool_), 0, 0, image_size)
     counts = [nothing] * len(probs)
     waiting: list[tuple[Window, Tensor]] = []
@@ -127,7 +128,7 @@ def _encode_picture(
             _count_runs(waiting, image_size, counts)
             waiting, pixels = [], 0
     _count_runs(waiting, image_size, counts)
-    return counts_to_strings(counts)
+    return counts_to_strings(counts), [int(one[1::2].sum()) for one in counts]
 
 
 def _count_runs(

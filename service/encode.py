@@ -47,20 +47,12 @@ def coco_document(
         height, width = detections.image_size
         images.append({"id": image_id, "file_name": picture.name, "width": width, "height": height})
         results = detections.to_coco(image_id, info.category_ids)
-        areas = rle_areas(
-            [result["segmentation"] for result in results]
-        )  # at once: one by one takes four times as long
-        for result, area in zip(results, areas, strict=True):
-            rle = result["segmentation"]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    **result,
-                    "area": area,
-                    "segmentation": _segmentation(rle, wanted.mask_format),
-                    "iscrowd": 0,
-                }
-            )
+        areas = detections.areas
+        if areas is None:  # at once: one by one takes four times as long
+            areas = tuple(rle_areas([result["segmentation"] for result in results]))
+        for number, (result, area) in enumerate(zip(results, areas, strict=True), len(annotations) + 1):
+            segmentation = _segmentation(result["segmentation"], wanted.mask_format)
+            annotations.append({"id": number, **result, "area": area, "segmentation": segmentation, "iscrowd": 0})
     return {
         "info": {
             "description": "instances found by a detector",

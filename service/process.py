@@ -1,14 +1,6 @@
 """What a process that serves asks of its machine."""
 
 import contextlib
-import sys
-
-_SWITCH_S = 0.0005  # Python's own 5 ms are as long as a picture takes to decode
-
-
-def take_turns_quickly() -> None:
-    """Let no thread that computes keep Python's lock for long while the event loop, or a device, waits for it."""
-    sys.setswitchinterval(_SWITCH_S)
 
 
 def one_core_a_thread() -> None:

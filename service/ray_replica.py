@@ -13,7 +13,7 @@ from dsg.service.decode import guard_decoding
 from dsg.service.devices import LoadPredictor
 from dsg.service.logs import configure_log
 from dsg.service.problems import Problem
-from dsg.service.process import allow_many_files, one_core_a_thread, take_turns_quickly
+from dsg.service.process import allow_many_files, one_core_a_thread
 from dsg.service.settings import Settings
 from dsg.service.state import Service
 
@@ -33,7 +33,6 @@ class Replica:
         configure_log()
         guard_decoding()
         allow_many_files()
-        take_turns_quickly()
         self._app = create_app(settings, load_predictor)
         self._service: Service = self._app.state.service
         if self._service.has_workers:

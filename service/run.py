@@ -16,7 +16,7 @@ from dsg.service.devices import LoadPredictor
 from dsg.service.listen import ServiceError, listen
 from dsg.service.logs import configure_log
 from dsg.service.models import kernel_in_use
-from dsg.service.process import allow_many_files, one_core_a_thread, take_turns_quickly
+from dsg.service.process import allow_many_files, one_core_a_thread
 from dsg.service.protocol import bounded_protocol
 from dsg.service.settings import Settings
 from dsg.service.state import Service
@@ -41,7 +41,6 @@ def serve(settings: Settings, load_predictor: LoadPredictor | None = None) -> No
         return
     guard_decoding()
     allow_many_files()
-    take_turns_quickly()
     listener = listen(settings.host, settings.port)
     try:
         try:

@@ -1,14 +1,16 @@
 """What the devices' threads share: the queue, and how its pictures are given up."""
 
 import threading
+import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
 from dsg.service.devices import Ran
 from dsg.service.metrics import Metrics
 from dsg.service.pace import Pace
-from dsg.service.waiting import Ticket, WaitingPictures
+from dsg.service.waiting import Outcome, Ticket, WaitingPictures
 
 
 class DeadlinePassed(Exception):
@@ -66,11 +68,14 @@ def forget_when_cancelled(queue: Queue, ticket: Ticket) -> None:
 
     Not left until its turn: clients that hang up by the hundred must not fill the memory.
     """
-    ticket.future.add_done_callback(partial(_forget, queue, ticket))
+    # A future keeps its callbacks, and the ticket has the future: with a ring of them the pixels of each picture would
+    # lie about until Python looks for such rings.
+    ticket.future.add_done_callback(partial(_forget, queue, weakref.ref(ticket)))
 
 
-def _forget(queue: Queue, ticket: Ticket, future: object) -> None:
-    if not ticket.future.cancelled():
+def _forget(queue: Queue, reference: "weakref.ref[Ticket]", future: "Future[Outcome]") -> None:
+    ticket = reference()
+    if ticket is None or not future.cancelled():
         return
     with queue.changed:
         was_waiting = queue.waiting.discard(ticket)

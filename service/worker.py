@@ -117,27 +117,16 @@ class _Worker:
             self._connection.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
 
 
-def pack(detections: "Detections") -> tuple[type, dict[str, Any], frozenset[str]]:
+def pack(detections: "Detections") -> tuple[type, dict[str, Any]]:
     """Detections as plain arrays: torch's own way to pickle tensors is many times slower for small ones."""
     values = {one.name: getattr(detections, one.name) for one in fields(detections)}
-    tensors = frozenset(name for name, value in values.items() if hasattr(value, "numpy"))
-    return type(detections), {name: v.numpy() if name in tensors else v for name, v in values.items()}, tensors
-
-
-def unpack(kind: type, values: dict[str, Any], tensors: frozenset[str]) -> "Detections":
-    """What `pack` was given."""
-    if tensors:
-        import torch
-
-        values = {name: torch.from_numpy(v) if name in tensors else v for name, v in values.items()}
-    detections: Detections = kind(**values)
-    return detections
+    return type(detections), {name: v.numpy() if hasattr(v, "numpy") else v for name, v in values.items()}
 
 
 def ran_of(answer: tuple[list[Any], float, dict[str, int]]) -> Ran:
-    """A worker's answer to a batch."""
+    """A worker's answer to a batch; its detections hold arrays, which are quicker to write answers from."""
     packed, seconds, memory = answer
-    return Ran([unpack(*one) for one in packed], seconds, memory)
+    return Ran([kind(**values) for kind, values in packed], seconds, memory)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,9 @@ class Detections:
     counts: tuple[str, ...] | None = None
     """COCO's compressed counts of the n masks where they are made already, see `with_counts`."""
 
+    areas: tuple[int, ...] | None = None
+    """How many pixels of the n masks are set, where that is known already."""
+
     def __post_init__(self) -> None:
         for name in ("boxes", "scores", "mask_probs"):
             if not _is_floating(getattr(self, name)):
@@ -68,8 +71,9 @@ class Detections:
             found = tuple(getattr(self, name).shape)
             if found != shape:
                 raise ValueError(f"detections: {name} must be {list(shape)}, not {list(found)}")
-        if self.counts is not None and len(self.counts) != n:
-            raise ValueError(f"detections: counts must be {n} texts, not {len(self.counts)}")
+        for name, known in (("counts", self.counts), ("areas", self.areas)):
+            if known is not None and len(known) != n:
+                raise ValueError(f"detections: {name} must be of {n} masks, not {len(known)}")
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ValueError(f"detections: image_size must be (height, width), not {tuple(self.image_size)}")
 
@@ -161,16 +165,15 @@ class Detections:
 
     def rows(self, rows: Any) -> Detections:  # integers [k]: a tensor, an array or a list
         """The detections of these rows."""
-        counts = self.counts
-        if counts is not None:
-            counts = tuple(counts[row] for row in (rows if isinstance(rows, list) else rows.tolist()))
+        numbers = rows if isinstance(rows, list) else rows.tolist()
         return replace(
             self,
             boxes=self.boxes[rows],
             scores=self.scores[rows],
             labels=self.labels[rows],
             mask_probs=self.mask_probs[rows],
-            counts=counts,
+            counts=self.counts and tuple(self.counts[number] for number in numbers),
+            areas=self.areas and tuple(self.areas[number] for number in numbers),
         )
 
     def to(self, device: torch.device | str) -> Detections:
@@ -185,15 +188,19 @@ class Detections:
 
 
 def with_counts(found: Sequence[Detections]) -> list[Detections]:
-    """The same detections of several pictures, their masks' counts made: on a GPU those of all pictures at once."""
+    """The same detections of several pictures, with their masks' counts and areas: on a GPU those of all at once."""
     first = next((one for one in found if len(one)), None)
     if first is None or isinstance(first.mask_probs, np.ndarray):
-        return [replace(one, counts=tuple(rle["counts"] for rle in one.rle())) for one in found]
+        texts = [[rle["counts"] for rle in one.rle()] for one in found]
+        return [replace(one, counts=tuple(own)) for one, own in zip(found, texts, strict=True)]
     from dsg.ops.masks import encode_mask_batches
 
     batches = [(one.mask_probs, one.boxes, one.image_size) for one in found]
-    texts = encode_mask_batches(batches, paste=first.paste)
-    return [replace(one, counts=tuple(own)) for one, own in zip(found, texts, strict=True)]
+    encoded = encode_mask_batches(batches, paste=first.paste)
+    return [
+        replace(one, counts=tuple(texts), areas=tuple(areas))
+        for one, (texts, areas) in zip(found, encoded, strict=True)
+    ]
 
 
 def on_cpu(found: Sequence[Detections]) -> list[Detections]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from dsg.ops import cuda_masks
 from dsg.ops import masks as masks_module
 from dsg.ops.masks import encode_masks, paste_masks
 from dsg.ops.rle import decode_rle
@@ -237,10 +238,22 @@ def test_several_pictures_at_once_are_each_alone(device):
     for number, size in ((4, (60, 80)), (0, (33, 21)), (3, (120, 50))):
         probs = random_probs(generator, number, 14, "steps").to(device)
         batches.append((probs, random_boxes(generator, number, size, inside=False).to(device), size))
-    texts = masks_module.encode_mask_batches(batches)
-    assert [len(own) for own in texts] == [4, 0, 3]
-    for own, (probs, boxes, size) in zip(texts, batches, strict=True):
-        assert own == [rle["counts"] for rle in oracle(paste_masks(probs, boxes, size))]
+    encoded = masks_module.encode_mask_batches(batches)
+    assert [len(texts) for texts, _ in encoded] == [4, 0, 3]
+    for (texts, areas), (probs, boxes, size) in zip(encoded, batches, strict=True):
+        masks = paste_masks(probs, boxes, size)
+        assert texts == [rle["counts"] for rle in oracle(masks)]
+        assert areas == masks.sum(dim=(1, 2)).tolist()
+
+
+@given(st.lists(st.lists(st.integers(0, 35), unique=True).map(sorted), min_size=1))
+def test_areas_from_where_runs_change(changes):
+    # Pixels 0 to 35 of pictures of 4 x 9: before the first change none is set, from there on all to the next, ...
+    expected = [sum(sum(change <= pixel for change in own) % 2 for pixel in range(36)) for own in changes]
+    flat = torch.tensor([change for own in changes for change in own], dtype=torch.int32)
+    ends = torch.tensor([len(own) for own in changes]).cumsum(0)
+    sizes = torch.tensor([[4, 9]] * len(changes))
+    assert cuda_masks._areas(flat, ends, sizes).tolist() == expected
 
 
 @pytest.mark.gpu
@@ -265,6 +278,8 @@ def test_on_a_gpu_too_rles_are_those_of_the_pasted_masks(seed, kind, side, heigh
     boxes[0] = torch.tensor([-9.0, -7.0, width + 9.0, height + 7.0])
     pasted = paste_masks(probs, boxes, (height, width), threshold, paste)
     assert encode_masks(probs, boxes, (height, width), threshold, paste) == oracle(pasted)
+    ((_, areas),) = masks_module.encode_mask_batches([(probs, boxes, (height, width))], threshold, paste)
+    assert areas == pasted.sum(dim=(1, 2)).tolist()
 
 
 @pytest.mark.gpu

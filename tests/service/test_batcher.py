@@ -1,7 +1,9 @@
 """The queue and its device thread, without HTTP."""
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 
@@ -149,6 +151,21 @@ def test_only_the_culprits_of_a_batch_fail(
         else:
             assert len(future.result(WAIT).detections) == 0
     assert metrics.registry.get_sample_value("dsg_batch_splits_total", {"cause": "error"}) >= 1
+
+
+def test_an_answered_picture_is_let_go_at_once(batcher: Rig, predictor: FakePredictor) -> None:
+    # By the last to hold it: not once Python looks for rings, for which it stops all threads and frees many at a time.
+    picture = prepared(predictor)
+    gone = weakref.ref(picture)
+    gc.disable()
+    try:
+        batcher.submit(predictor, [picture], FAR)[0].result(WAIT)
+        del picture
+        for _ in range(2):  # by then the device's thread is done with the first
+            batcher.submit(predictor, [prepared(predictor)], FAR)[0].result(WAIT)
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_batch_too_large_for_the_memory_runs_in_parts(batcher: Rig, predictor: FakePredictor) -> None:
