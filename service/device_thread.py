@@ -16,7 +16,7 @@ _log = structlog.get_logger("dsg.service")
 _MOST_DEATHS = 3  # of a worker, one after the other without a batch between them that ran
 # How long before the end of a batch the next one is sent ahead: what its pixels take to a GPU's process and memory, and
 # an answer takes back. Sent earlier it would be smaller than it need be; later, and the device would stand idle.
-_TRAVEL_S = 0.006
+_TRAVEL_S = 0.008
 
 
 class DeviceThread:
@@ -99,7 +99,7 @@ class DeviceThread:
         queue = self._queue
         with queue.changed:
             if self._running:
-                while not (queue.closed or self._own or self._is_next_due):
+                while not (queue.closed or self._has_own or self._is_next_due):
                     if self._running[0].done.is_set():
                         return None
                     queue.changed.wait(self._seconds_until_due if self._has_next else None)
@@ -109,16 +109,27 @@ class DeviceThread:
                 queue.idle -= 1
             if queue.closed:
                 return None
-            if self._own:
+            if self._has_own:
                 return self._own.popleft()
-            tickets = queue.waiting.take(self._limit, time.monotonic(), queue.pace.seconds_for_pixels(1))
+            seconds_per_pixel = queue.pace.seconds_for_pixels(1)
+            tickets = queue.waiting.take(self._limit, time.monotonic(), seconds_per_pixel, not self._running)
             queue.count()
             return tickets
 
     @property
+    def _has_own(self) -> bool:
+        """Whether a batch for this device alone can begin now."""
+        return bool(self._own) and (not self._running or not (self._own[0][0].alone or self._runs_alone))
+
+    @property
     def _has_next(self) -> bool:
-        """Whether something waits, and no other device for it."""
-        return bool(self._queue.waiting) and not self._queue.idle
+        """Whether something waits that can join what runs, and no other device for it."""
+        return bool(self._queue.waiting.together) and not self._queue.idle and not self._runs_alone
+
+    @property
+    def _runs_alone(self) -> bool:
+        """Whether what runs is a picture that may end its process, and must not take others along."""
+        return self._running[0].tickets[0].alone
 
     @property
     def _is_next_due(self) -> bool:
@@ -194,7 +205,7 @@ class DeviceThread:
             self._queue.metrics.batch_splits.labels("out_of_memory").inc()
             self._halve(batch)
         elif ticket.failures == 0:
-            ticket.failures += 1
+            ticket.failures, ticket.alone = 1, True  # what runs beside takes memory too
             self._own.appendleft([ticket])
         else:
             _log.error("out of memory for one picture", pixels=ticket.pixels, error=str(error)[:500])
@@ -211,22 +222,21 @@ class DeviceThread:
             ticket.future.set_exception(error)
 
     def _revive(self, batch: Batch, error: WorkerDied) -> None:
-        """Restart the worker, and run what it had again: each picture of the batch alone, since one may be the cause.
+        """Restart the worker, and run what it had again: each picture alone, since one of them may be the cause.
 
         A picture that takes a worker with it when it runs alone fails.
         """
         self._deaths += 1
         self._queue.metrics.worker_deaths.labels(self.device.name).inc()
-        _log.error("worker died", device=self.device.name, pictures=len(batch.tickets), error=str(error))
+        suspects = [ticket for one in (batch, *self._running) for ticket in one.tickets]
+        _log.error("worker died", device=self.device.name, pictures=len(suspects), error=str(error))
         again: list[Ticket] = []
-        for ticket in batch.tickets:
+        for ticket in suspects:
             if ticket.failures == 0:
                 ticket.failures, ticket.alone = 1, True
                 again.append(ticket)
             else:
                 ticket.future.set_exception(error)
-        for other in self._running:  # sent ahead and not begun
-            again.extend(other.tickets)
         self._running.clear()
         again.extend(ticket for tickets in self._own for ticket in tickets)
         self._own.clear()

@@ -8,7 +8,8 @@ so it gets a process of its own (`dsg.service.worker_device`).
 import math
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
@@ -130,7 +131,19 @@ class LocalDevice:
         score_threshold: float,
         when_done: Callable[[], None] = lambda: None,
     ) -> Callable[[], Ran]:
-        return lambda: run(self._predictors[model], pictures, score_threshold, with_memory=self._is_memory_due())
+        return lambda: self.launch(model, pictures, score_threshold).end(with_memory=self.is_memory_due())
+
+    def launch(self, model: int, pictures: "Sequence[PreparedImage]", score_threshold: float) -> "Running":
+        """Begin a batch at once; a second one may begin before it has ended."""
+        return Running(self._predictors[model], pictures, score_threshold)
+
+    def is_memory_due(self) -> bool:
+        """Whether it is time to ask for a GPU's memory again."""
+        now = time.monotonic()
+        if now < self._asked_for_memory + _MEMORY_S:
+            return False
+        self._asked_for_memory = now
+        return True
 
     def share(self, picture: "PreparedImage") -> "PreparedImage":
         return picture
@@ -144,34 +157,51 @@ class LocalDevice:
     def close(self) -> None:
         self._predictors.clear()
 
-    def _is_memory_due(self) -> bool:
-        now = time.monotonic()
-        if now < self._asked_for_memory + _MEMORY_S:
-            return False
-        self._asked_for_memory = now
-        return True
-
 
 def are_processes(devices: Sequence[Device]) -> bool:
     """Whether the devices are processes of their own, and this one only prepares pictures and writes answers."""
     return not any(isinstance(device, LocalDevice) for device in devices)
 
 
-def run(
-    predictor: "Predictor", pictures: "Sequence[PreparedImage]", score_threshold: float, with_memory: bool = True
-) -> Ran:
-    """Run one batch here and now; raises as `Device.begin` says."""
-    started = time.monotonic()
+class Running:
+    """A batch that a predictor has begun; raises as `Device.begin` says, and so does `end`."""
+
+    def __init__(self, predictor: "Predictor", pictures: "Sequence[PreparedImage]", score_threshold: float) -> None:
+        self._predictor = predictor
+        self._count = len(pictures)
+        self.began = time.monotonic()
+        with _errors_named(predictor):
+            self._begun = predictor.begin(pictures, score_threshold)
+
+    def is_done(self) -> bool:
+        """Whether `end` would wait for nothing, or does all the work itself."""
+        return self._begun.is_done()
+
+    def end(self, since: float = 0.0, with_memory: bool = True) -> Ran:
+        """Wait for its end.
+
+        Args:
+            since: on the clock of `time.monotonic`, when the device was done with what it ran before.
+        """
+        predictor = self._predictor
+        with _errors_named(predictor):
+            found = self._begun.finish()
+            if len(found) != self._count:
+                raise RuntimeError(f"detect gave {len(found)} answers for {self._count} pictures")
+            if _is_cuda(predictor):
+                # There it takes a fraction of what it would take threads here, and the probabilities need not travel.
+                found = [replace(one, mask_probs=one.mask_probs[:, :0, :0]) for one in with_counts(found)]
+            found = on_cpu(found)  # so that threads that write answers never wait for the device's next batch
+            seconds = time.monotonic() - max(since, self.began)
+            return Ran(found, seconds, memory_of(predictor) if with_memory else {})
+
+
+@contextmanager
+def _errors_named(predictor: "Predictor") -> Iterator[None]:
+    """Raise an error of a network as what it means for the device."""
     try:
-        found = predictor.detect(pictures, score_threshold)
-        if _is_cuda(predictor):
-            # There it takes a fraction of what it would take threads here, and the probabilities need not travel.
-            found = [replace(one, mask_probs=one.mask_probs[:, :0, :0]) for one in with_counts(found)]
-        found = on_cpu(found)  # so that threads that write answers never wait for the device's next batch
-        seconds = time.monotonic() - started
-        if len(found) != len(pictures):
-            raise RuntimeError(f"detect gave {len(found)} answers for {len(pictures)} pictures")
-        return Ran(found, seconds, memory_of(predictor) if with_memory else {})
+        yield
+        return
     except Exception as error:
         failure = _named(error, predictor)
         # The traceback holds the batch's tensors, and whatever runs next needs their memory; its text is for the log.

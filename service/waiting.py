@@ -41,7 +41,7 @@ class Ticket:
     warm_up: bool = False
     """No client waits for it; neither counted nor measured."""
     alone: bool = False
-    """Runs in a batch of its own: a worker died with it and others."""
+    """Runs in a batch of its own, with no other beside it: a worker died with it and others, or it had no memory."""
     failures: int = 0
     """Times that it ran alone out of memory, or took a worker with it."""
 
@@ -73,10 +73,16 @@ class WaitingPictures:
         # In each bucket the oldest is the first: dicts keep their order, and lose a ticket at once.
         self._buckets: dict[tuple[int, tuple[int, int], int], dict[int, Ticket]] = {}
         self._count = 0
+        self._alone = 0
         self._pixels = 0
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def together(self) -> int:
+        """How many wait that need not run alone."""
+        return self._count - self._alone
 
     @property
     def pixels(self) -> int:
@@ -87,6 +93,7 @@ class WaitingPictures:
         """Put a picture behind those of its bucket."""
         self._buckets.setdefault(ticket.bucket, {})[id(ticket)] = ticket
         self._count += 1
+        self._alone += ticket.alone
         self._pixels += ticket.pixels
 
     def discard(self, ticket: Ticket) -> bool:
@@ -97,10 +104,13 @@ class WaitingPictures:
         if not bucket:
             del self._buckets[ticket.bucket]
         self._count -= 1
+        self._alone -= ticket.alone
         self._pixels -= ticket.pixels
         return True
 
-    def take(self, limit: BatchLimit, now: float, seconds_per_pixel: float = 0.0) -> list[Ticket]:
+    def take(
+        self, limit: BatchLimit, now: float, seconds_per_pixel: float = 0.0, alone_too: bool = True
+    ) -> list[Ticket]:
         """The next batch, oldest first: of one bucket, within the limit, at least one picture; empty if none waits.
 
         Args:
@@ -108,12 +118,14 @@ class WaitingPictures:
             now: on the clock of `time.monotonic`.
             seconds_per_pixel: what the device takes, as measured: a batch stays so small that it is done by the
                 deadlines of its pictures. On a CPU, which gains nothing from batches, large ones would all be late.
+            alone_too: whether one may be taken that has to run alone.
         """
-        if not self._buckets:
+        buckets = [bucket for bucket in self._buckets.values() if alone_too or not next(iter(bucket.values())).alone]
+        if not buckets:
             return []
         tickets: list[Ticket] = []
         soonest = math.inf
-        for ticket in max(self._buckets.values(), key=lambda bucket: self._urgency(bucket, limit, now)).values():
+        for ticket in max(buckets, key=lambda bucket: self._urgency(bucket, limit, now)).values():
             pixels = (len(tickets) + 1) * ticket.pixels
             done = now + pixels * seconds_per_pixel
             if tickets and (
@@ -132,7 +144,7 @@ class WaitingPictures:
         """Everything, in no order."""
         tickets = [ticket for bucket in self._buckets.values() for ticket in bucket.values()]
         self._buckets.clear()
-        self._count = self._pixels = 0
+        self._count = self._alone = self._pixels = 0
         return tickets
 
     def _urgency(self, bucket: dict[int, Ticket], limit: BatchLimit, now: float) -> float:

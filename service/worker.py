@@ -12,20 +12,24 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from dsg.service.devices import DeviceLost, LocalDevice, OutOfMemory, Ran
+from dsg.service.devices import DeviceLost, LocalDevice, OutOfMemory, Ran, Running
 from dsg.service.shared_pixels import open_shared
 
 if TYPE_CHECKING:
     from dsg.model.network.detections import Detections
 
 _FAILURES = {OutOfMemory: "memory", DeviceLost: "lost", ValueError: "value", OSError: "value", TypeError: "value"}
+_MOST_RUNNING = 2
+_LOOK_S = 0.0003  # how often it looks whether a batch is done, while it waits for the next
 MOST_FILES = 250  # the kernel sends no more descriptors in one message
 
 
@@ -41,37 +45,90 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(threads)
-    _Worker(connection, pictures, LocalDevice(name, load)).work()
+    worker = Worker(connection, pictures, LocalDevice(name, load))
+    threading.Thread(target=worker.read, daemon=True).start()
+    worker.work()
 
 
-class _Worker:
+@dataclass
+class Asked:
+    """A batch as it was asked for."""
+
+    number: int
+    model: int
+    pictures: list[Any]
+    threshold: float
+
+
+class Worker:
+    """Runs what is asked for on one device: two batches at a time, of which the second waits in the device's own queue.
+
+    Args:
+        connection: answers go there, and what is asked for comes from there.
+        pictures: descriptors of pixels come from there.
+        device: no one else runs batches on it.
+    """
+
     def __init__(self, connection: Connection, pictures: socket.socket, device: LocalDevice) -> None:
         self._connection = connection
         self._pictures = pictures
         self._device = device
         self._is_cuda = device.name.startswith("cuda")
         self._sending = threading.Lock()
-        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[Asked | Callable[[], None]] = queue.SimpleQueue()
+        self._running: deque[tuple[int, Running]] = deque()
+        self._ended = 0.0  # when the last batch did, on the clock of time.monotonic
 
     def work(self) -> None:
-        threading.Thread(target=self._read, daemon=True).start()
+        """Run batches for ever."""
         while True:
-            self._tasks.get()()
+            can_take = len(self._running) < _MOST_RUNNING
+            if not self._running or (can_take and not self._asked.empty()):
+                self._next(None)  # behind the one that runs, before what that one found is looked at
+            elif not can_take or self._running[0][1].is_done():
+                self._end(*self._running.popleft())
+            else:
+                self._next(_LOOK_S)
 
-    def _read(self) -> None:
-        """Take messages; while a batch runs, the pixels of the next are brought to where the device copies fast."""
+    def _next(self, timeout_s: float | None) -> None:
+        """Begin what is asked for next; wait for it at most so long."""
+        try:
+            asked = self._asked.get(timeout=timeout_s)
+        except queue.Empty:
+            return
+        if not isinstance(asked, Asked):
+            asked()
+            return
+        with self._failures_told(asked.number):
+            running = self._device.launch(asked.model, asked.pictures, asked.threshold)
+            self._running.append((asked.number, running))
+
+    def _end(self, number: int, running: Running) -> None:
+        with self._failures_told(number):
+            ran = running.end(self._ended, self._device.is_memory_due())
+            self._tell(number, "done", ([pack(one) for one in ran.detections], ran.seconds, ran.memory))
+        self._ended = time.monotonic()
+
+    def ask(self, asked: Asked) -> None:
+        """Have a batch run."""
+        self._asked.put(asked)
+
+    def read(self) -> None:
+        """Take messages, and end this process when the other side ends.
+
+        While a batch runs, the pixels of the next are brought to where the device copies fast.
+        """
         try:
             while True:
                 number, kind, *given = pickle.loads(self._connection.recv_bytes())
                 if kind == "load":
                     # Beside the batches, so that a reload holds nothing up.
-                    threading.Thread(target=self._answer, args=(number, self._load, *given), daemon=True).start()
+                    threading.Thread(target=self._load, args=(number, *given), daemon=True).start()
                 elif kind == "forget":
-                    self._tasks.put(partial(self._device.forget, *given))
+                    self._asked.put(partial(self._device.forget, *given))
                 else:
                     model, pictures, threshold = given
-                    prepared = self._with_pixels(pictures)
-                    self._tasks.put(partial(self._answer, number, self._detect, model, prepared, threshold))
+                    self.ask(Asked(number, model, self._with_pixels(pictures), threshold))
         except (EOFError, OSError):
             os._exit(0)  # the server is gone, and a batch that still runs has no reader
         except BaseException:
@@ -94,27 +151,27 @@ class _Worker:
             prepared.append(replace(picture, pixels=pixels))
         return prepared
 
-    def _load(self, model: int, source: str) -> str:
-        predictor = self._device.load(model, source)
-        assert predictor is not None
-        return predictor.info.hash
+    def _load(self, number: int, model: int, source: str) -> None:
+        with self._failures_told(number):
+            predictor = self._device.load(model, source)
+            assert predictor is not None
+            self._tell(number, "done", predictor.info.hash)
 
-    def _detect(self, model: int, prepared: list[Any], threshold: float) -> tuple[list[Any], float, dict[str, int]]:
-        ran = self._device.begin(model, prepared, threshold)()
-        return [pack(one) for one in ran.detections], ran.seconds, ran.memory
-
-    def _answer(self, number: int, task: Callable[..., Any], *given: Any) -> None:
-        """Run a task and send what it gives: before the next one begins, which may be the end of this process."""
+    @contextlib.contextmanager
+    def _failures_told(self, number: int) -> Iterator[None]:
+        """Answer a question with the error that it ends in, if it does."""
         try:
-            answer = (number, "done", task(*given))
+            yield
         except Exception as error:
             kind = next((word for known, word in _FAILURES.items() if isinstance(error, known)), "error")
             text = str(error)
             if kind == "error":  # for the log: its traceback is on this side
                 text = "\n".join((f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])))
-            answer = (number, kind, text)
+            self._tell(number, kind, text)
+
+    def _tell(self, number: int, kind: str, answer: Any) -> None:
         with self._sending, contextlib.suppress(OSError):
-            self._connection.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
+            self._connection.send_bytes(pickle.dumps((number, kind, answer), pickle.HIGHEST_PROTOCOL))
 
 
 def pack(detections: "Detections") -> tuple[type, dict[str, Any]]:

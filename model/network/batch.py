@@ -41,7 +41,9 @@ def stack_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     batch = images[0].new_zeros((len(images), 3, height, width))
     for image, place in zip(images, batch, strict=True):
         place[:, : image.shape[1], : image.shape[2]].copy_(image)
-    return batch, sizes.to(batch.device)
+    if batch.is_cuda:
+        sizes = sizes.pin_memory()  # else the host would wait for all that the GPU has to do before
+    return batch, sizes.to(batch.device, non_blocking=True)
 
 
 def normalise(batch: Tensor, sizes: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:

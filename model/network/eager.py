@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from dsg.model.network.float32 import whole_float32
 from dsg.model.network.image_tensor import image_tensor, resize
 from dsg.model.network.info import CheckpointInfo, Resize
 from dsg.model.network.norm import fold_norms
-from dsg.model.network.predictor import Precision, PreparedImage, Runtime
+from dsg.model.network.predictor import Begun, Precision, PreparedImage, Runtime
 from dsg.model.network.replay import Replay
 from dsg.model.network.sizes import padded_size
+from dsg.model.network.types import PaddedDetections
 from dsg.ops import kernel_name
 from dsg.ops.diagnosis import gpu_problem
 
@@ -47,6 +48,7 @@ class EagerRuntime(Runtime):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._replay = Replay()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
     def device(self) -> torch.device:
@@ -61,27 +63,64 @@ class EagerRuntime(Runtime):
     def prepare(self, image: Any, how: Resize) -> PreparedImage:
         return prepare_tensor(image, how)
 
-    @torch.inference_mode()
     def detect(self, prepared: Sequence[PreparedImage], score_threshold: float) -> list[Detections]:
-        parameter = next(self.model.parameters())  # asked anew: the owner may call model.double() or .cuda()
-        images = [item.pixels.to(parameter.device, non_blocking=True) for item in prepared]
+        return self.begin(prepared, score_threshold).finish()
+
+    def begin(self, prepared: Sequence[PreparedImage], score_threshold: float) -> Begun:
+        device = self.device  # asked anew: the owner may call model.double() or .cuda()
         # A module of another kind, such as a recipe's own network, takes float pictures alone.
-        ours = isinstance(self.model, Detector)
-        if not ours or any(image.dtype != torch.uint8 for image in images):
-            images = [_as_float(image, parameter.dtype) for image in images]
+        if isinstance(self.model, Detector) and device.type == "cuda" and prepared and not self.model.training:
+            return self._begin_on_gpu(self.model, prepared, score_threshold, device)
+        return Begun(lambda: self._detect_here(prepared, score_threshold))
+
+    @torch.inference_mode()
+    def _detect_here(self, prepared: Sequence[PreparedImage], score_threshold: float) -> list[Detections]:
+        images = self._images(prepared)
         with whole_float32():
-            results = self._found(images, score_threshold) if ours else self.model(images)
+            if isinstance(self.model, Detector):
+                results = self.model(images, score_threshold=score_threshold)
+            else:
+                results = self.model(images)
         return [to_original(found, item) for found, item in zip(results, prepared, strict=True)]
 
-    def _found(self, images: list[Tensor], score_threshold: float) -> list[Detections]:
-        model = cast(Detector, self.model)
-        if model.training or not images or not images[0].is_cuda:
-            return cast(list[Detections], model(images, score_threshold=score_threshold))
-        batch, sizes = stack_images(images)
-        padded = self._replay.infer(model, batch, sizes)
-        if padded is None:
-            return model.detect(batch, sizes, score_threshold)
-        return without_padding(padded, sizes, score_threshold)
+    @torch.inference_mode()
+    def _begin_on_gpu(
+        self, model: Detector, prepared: Sequence[PreparedImage], score_threshold: float, device: torch.device
+    ) -> Begun:
+        """Have a graph run on a stream of its own, so that what is made of the last batch's results goes on beside."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        stream = self._streams[device]
+        stream.wait_stream(torch.cuda.current_stream(device))  # pictures may be tensors that are still being made
+        with torch.cuda.stream(stream), whole_float32():
+            batch, sizes = stack_images(self._images(prepared))
+            replayed = self._replay.infer(model, batch, sizes)
+            # The next batch overwrites them.
+            found = None if replayed is None else PaddedDetections(*(tensor.clone() for tensor in replayed))
+            done = torch.cuda.Event()
+            done.record(stream)
+
+        @torch.inference_mode()
+        def finish() -> list[Detections]:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(done)
+            for tensor in (batch, sizes, *(found or ())):
+                tensor.record_stream(current)
+            with whole_float32():
+                if found is None:
+                    results = model.detect(batch, sizes, score_threshold)
+                else:
+                    results = without_padding(found, sizes, score_threshold)
+            return [to_original(one, item) for one, item in zip(results, prepared, strict=True)]
+
+        return Begun(finish, done.query)
+
+    def _images(self, prepared: Sequence[PreparedImage]) -> list[Tensor]:
+        parameter = next(self.model.parameters())
+        images = [item.pixels.to(parameter.device, non_blocking=True) for item in prepared]
+        if not isinstance(self.model, Detector) or any(image.dtype != torch.uint8 for image in images):
+            images = [_as_float(image, parameter.dtype) for image in images]
+        return images
 
 
 def _as_float(pixels: Tensor, dtype: torch.dtype) -> Tensor:

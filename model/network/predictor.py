@@ -9,7 +9,7 @@ h, w size of a resized picture.
 import os
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -38,6 +38,16 @@ class PreparedImage:
     """(height, width) in a batch of its own: pictures that agree here batch without padding for each other."""
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A batch on its way."""
+
+    finish: "Callable[[], list[Detections]]"
+    """Waits for its end, and gives what `Predictor.detect` gives. Raises what the network raises. Call it once."""
+    is_done: Callable[[], bool] = lambda: True
+    """Whether `finish` would wait for nothing, or does all the work itself."""
+
+
 class Runtime(ABC):
     """What runs a network: a module in memory, or an exported file."""
 
@@ -55,11 +65,15 @@ class Runtime(ABC):
     def detect(self, prepared: Sequence[PreparedImage], score_threshold: float) -> list[Detections]:
         """Run one batch; see `Predictor.detect`."""
 
+    def begin(self, prepared: Sequence[PreparedImage], score_threshold: float) -> Begun:
+        """Begin one batch, where it can run while this thread does something else; see `Predictor.begin`."""
+        return Begun(lambda: self.detect(prepared, score_threshold))
+
 
 class Predictor:
     """A network with everything that its checkpoint says about how to use it.
 
-    `prepare` may be called from any thread, `detect` and `predict` from one at a time.
+    `prepare` may be called from any thread, all else from one at a time.
 
     Args:
         network: a module in eval mode, on its device, or the runtime of an exported file.
@@ -159,8 +173,16 @@ class Predictor:
             prepared: from `prepare`.
             score_threshold: 0..1; what scores less may be missing, which saves the time of its mask.
         """
-        results = self.runtime.detect(prepared, score_threshold)
-        return [replace(found, paste=self.info.paste) for found in results]
+        return self.begin(prepared, score_threshold).finish()
+
+    def begin(self, prepared: Sequence[PreparedImage], score_threshold: float = 0.0) -> Begun:
+        """Begin what `detect` does: on a GPU the next batch may begin before this one is finished, in the same thread.
+
+        Raises:
+            RuntimeError: no memory for it, or a GPU that fails; `finish` may raise the same.
+        """
+        begun = self.runtime.begin(prepared, score_threshold)
+        return replace(begun, finish=lambda: [replace(found, paste=self.info.paste) for found in begun.finish()])
 
     def _run_bucket(
         self, bucket: list[tuple[int, PreparedImage]], threshold: float | tuple[float, ...], most: int

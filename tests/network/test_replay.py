@@ -103,6 +103,22 @@ def test_replayed_detections_are_those_of_the_network(preset, dtype):
 
 @pytest.mark.gpu
 @GPU
+def test_a_batch_begins_before_the_last_one_is_finished():
+    predictor = Predictor(network("dsg_lite0_fpn").cuda().half(), INFO)
+    batches = [[predictor.prepare(picture) for picture in pictures(2, seed)] for seed in range(6)]
+    wanted = [predictor.detect(prepared) for prepared in batches]  # the first as it comes, the second recorded
+    finished, begun = [], []
+    for prepared in [*batches, None]:
+        if prepared is not None:
+            begun.append(predictor.begin(prepared))
+        if len(begun) == 2 or prepared is None:
+            finished.append(begun.pop(0).finish())
+    for found, expected in zip(finished, wanted, strict=True):
+        assert_same(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+@GPU
 def test_a_network_that_changed_is_not_replayed():
     model = network("dsg_lite0_fpn").cuda()
     predictor = Predictor(model, INFO)

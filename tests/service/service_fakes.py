@@ -21,7 +21,7 @@ from PIL import Image
 
 from dsg.model.network.checkpoint import Category, CheckpointInfo, Resize
 from dsg.model.network.detections import Detections
-from dsg.model.network.predictor import PreparedImage
+from dsg.model.network.predictor import Begun, PreparedImage
 from dsg.service.app import create_app
 from dsg.service.settings import Settings
 
@@ -70,6 +70,9 @@ class FakePredictor:
         height, width = image.shape[:2]
         padded = (-(-height // 32) * 32, -(-width // 32) * 32)
         return PreparedImage(torch.from_numpy(image).permute(2, 0, 1), (height, width), padded)
+
+    def begin(self, prepared: Sequence[PreparedImage], score_threshold: float = 0.0) -> Begun:
+        return Begun(lambda: self.detect(prepared, score_threshold))
 
     def detect(self, prepared: Sequence[PreparedImage], score_threshold: float = 0.0) -> list[Detections]:
         self.threads.add(threading.current_thread().name)

@@ -10,7 +10,7 @@ from test_batcher import FAR, WAIT, prepared
 
 from dsg.model.network.predictor import PreparedImage
 from dsg.service.batching import Batcher, DeviceStopped
-from dsg.service.devices import Ran
+from dsg.service.devices import Ran, WorkerDied
 from dsg.service.metrics import Metrics
 from dsg.service.models import ServedModel
 
@@ -25,6 +25,7 @@ class Remote:
 
     def __init__(self) -> None:
         self.begun: queue.Queue[tuple[int, Future[Ran]]] = queue.Queue()
+        self.restarts = 0
 
     def begin(
         self, model: int, pictures: Sequence[PreparedImage], threshold: float, when_done: Callable[[], None]
@@ -33,6 +34,9 @@ class Remote:
         future.add_done_callback(lambda _: when_done())
         self.begun.put((len(pictures), future))
         return future.result
+
+    def restart(self) -> None:
+        self.restarts += 1
 
     def next(self) -> tuple[int, Callable[[], None]]:
         """How many pictures the next batch has, and what ends it."""
@@ -113,3 +117,41 @@ def test_closing_does_not_wait_for_the_next(rig: Rig) -> None:
     assert runs.result(WAIT).detections is None
     with pytest.raises(DeviceStopped):
         waits.result(WAIT)
+
+
+@pytest.mark.parametrize("rig", [1e-9], indirect=True)
+def test_after_a_death_each_picture_that_was_there_runs_with_nothing_beside_it(rig: Rig) -> None:
+    # A batch may begin on a GPU before the one ahead of it is answered: either may be what ended the process.
+    (first,) = rig.submit()
+    lost = [rig.device.begun.get(timeout=WAIT)]
+    (second,) = rig.submit()
+    lost.append(rig.device.begun.get(timeout=WAIT))
+    (third,) = rig.submit()
+    for _, future in lost:
+        future.set_exception(WorkerDied("the worker ended"))
+    begun = [rig.device.next()]
+    while len(begun) < 3:
+        with pytest.raises(queue.Empty):
+            rig.device.begun.get(timeout=0.05)
+        begun[-1][1]()
+        begun.append(rig.device.next())
+    begun[-1][1]()
+    assert [count for count, _ in begun] == [1, 1, 1] and rig.device.restarts == 1
+    for future in (first, second, third):
+        assert future.result(WAIT).detections is None
+
+
+@pytest.mark.parametrize("rig", [1e-9], indirect=True)
+def test_a_picture_that_was_there_at_two_deaths_fails_and_no_other(rig: Rig) -> None:
+    (first,) = rig.submit()
+    _, ran = rig.device.begun.get(timeout=WAIT)
+    (second,) = rig.submit()
+    _, waits = rig.device.begun.get(timeout=WAIT)
+    for future in (ran, waits):
+        future.set_exception(WorkerDied("the worker ended"))
+    _, again = rig.device.begun.get(timeout=WAIT)
+    again.set_exception(WorkerDied("the worker ended"))
+    _, end = rig.device.next()
+    end()
+    failed, answered = sorted((first, second), key=lambda future: future.exception(WAIT) is None)
+    assert isinstance(failed.exception(WAIT), WorkerDied) and answered.result(WAIT).detections is None

@@ -1,9 +1,13 @@
 """A device in a process of its own: gives what one of this process gives, breaks alone, and can be started again."""
 
 import os
+import pickle
+import queue
 import signal
+import socket
 import threading
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,12 +28,13 @@ from service_fakes import (
     picture,
 )
 
-from dsg.model.network.predictor import PreparedImage
+from dsg.model.network.predictor import Begun, PreparedImage
 from dsg.service.batching import Batcher
-from dsg.service.devices import DeviceLost, LocalDevice, OutOfMemory, WorkerDied
+from dsg.service.devices import DeviceLost, LocalDevice, OutOfMemory, Ran, Running, WorkerDied
 from dsg.service.metrics import Metrics
 from dsg.service.models import ServedModel
 from dsg.service.shared_pixels import SharedPixels, open_shared
+from dsg.service.worker import Asked, Worker
 from dsg.service.worker_device import WorkerDevice
 
 WAIT = 120
@@ -78,12 +83,55 @@ def test_two_batches_at_once_are_answered_each_on_its_own(device: WorkerDevice) 
     assert first().detections[0].boxes[0, 0] == 5
 
 
+class Slow:
+    """Stands for the device of a worker, and for each of its batches: the test says when one is done."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self.launched: queue.Queue[tuple[int, threading.Event]] = queue.Queue()
+
+    def launch(self, model: int, pictures: list, threshold: float) -> SimpleNamespace:
+        done = threading.Event()
+
+        def end(since: float, with_memory: bool) -> Ran:
+            assert done.wait(WAIT)
+            return Ran([], float(model), {})
+
+        self.launched.put((model, done))
+        return SimpleNamespace(is_done=done.is_set, end=end)
+
+    def is_memory_due(self) -> bool:
+        return False
+
+
+def test_a_worker_has_the_next_batch_wait_behind_the_one_that_runs() -> None:
+    (here, there), slow = socket.socketpair(), Slow()
+    connection, no_pictures = Connection(here.detach()), socket.socket()
+    with connection, no_pictures:
+        worker = Worker(Connection(there.detach()), no_pictures, slow)  # type: ignore[arg-type]
+        threading.Thread(target=worker.work, daemon=True).start()
+        for number in range(3):
+            worker.ask(Asked(number, number, [], 0.0))
+        (first, first_done), (second, second_done) = (slow.launched.get(timeout=WAIT) for _ in range(2))
+        assert (first, second) == (0, 1)
+        with pytest.raises(queue.Empty):  # two at a time, no more
+            slow.launched.get(timeout=0.05)
+        second_done.set()  # which changes nothing: answers keep their order
+        first_done.set()
+        for number in range(2):
+            assert pickle.loads(connection.recv_bytes()) == (number, "done", ([], float(number), {}))
+        third, third_done = slow.launched.get(timeout=WAIT)
+        third_done.set()
+        assert third == 2 and pickle.loads(connection.recv_bytes())[:2] == (2, "done")
+
+
 @pytest.mark.parametrize(
     ("colour", "error", "message"),
     [
         (HUGE, OutOfMemory, "CUDA out of memory"),
         (STICKY, DeviceLost, "illegal memory access"),
-        (POISON, RuntimeError, r"RuntimeError: a picture that this network cannot stand(?s:.*)line \d+, in run"),
+        (POISON, RuntimeError, r"RuntimeError: a picture that this network cannot stand(?s:.*)line \d+, in end"),
     ],
 )
 def test_errors_cross_as_what_they_are(
@@ -193,24 +241,22 @@ def test_thread_or_process_is_chosen_by_the_devices(monkeypatch: pytest.MonkeyPa
 
 
 def test_gpu_errors_are_told_apart() -> None:
-    from dsg.service.devices import run
-
     def raising(error: Exception) -> SimpleNamespace:
-        def detect(pictures: list, threshold: float) -> list:
+        def begin(pictures: list, threshold: float) -> Begun:
             raise error
 
-        return SimpleNamespace(detect=detect, device="cpu")
+        return SimpleNamespace(begin=begin, device="cpu")
 
     class OutOfMemoryError(RuntimeError):
         pass
 
     for error in (MemoryError(), OutOfMemoryError("x"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")):
         with pytest.raises(OutOfMemory):
-            run(raising(error), [], 0.0)
+            Running(raising(error), [], 0.0)
     with pytest.raises(OutOfMemory):  # CUDA's own way to say it: the device goes on
-        run(raising(RuntimeError("CUDA error: out of memory")), [], 0.0)
+        Running(raising(RuntimeError("CUDA error: out of memory")), [], 0.0)
     with pytest.raises(KeyError):
-        run(raising(KeyError("x")), [], 0.0)
+        Running(raising(KeyError("x")), [], 0.0)
 
 
 @pytest.mark.gpu
