@@ -109,6 +109,7 @@ class EagerRuntime(Runtime):
             with whole_float32():
                 if found is None:
                     results = model.detect(batch, sizes, score_threshold)
+                    self._replay.ran(batch)
                 else:
                     results = without_padding(found, sizes, score_threshold)
             return [to_original(one, item) for one, item in zip(results, prepared, strict=True)]

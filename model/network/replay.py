@@ -28,10 +28,10 @@ _logger = logging.getLogger("dsg.model")
 # their launches take.
 _BYTES_OF_PIXEL = 800
 _SHARE_OF_MEMORY = 8
-# Shapes whose graphs are kept, and shapes that are remembered as seen once. Graphs share the memory of what is between
+# Shapes whose graphs are kept, and shapes that are remembered as having run once. Graphs share the memory of what is between
 # their inputs and outputs.
 _MOST_GRAPHS = 128
-_MOST_SEEN = 1024
+_MOST_RAN = 1024
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Replay:
 
     def __init__(self) -> None:
         self._recorded: OrderedDict[Hashable, _Recorded | None] = OrderedDict()  # None: does not work as a graph
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._ran: OrderedDict[Hashable, None] = OrderedDict()
         self._of: Hashable = None
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
@@ -72,16 +72,13 @@ class Replay:
         state = _state_of(model)
         if state != self._of:
             self._recorded.clear()
-            self._seen.clear()
+            self._ran.clear()
             self._of, self._pool, self._stream = state, None, None  # it may be on another GPU now
-        key = (tuple(batch.shape), batch.dtype, batch.stride())
+        key = _key_of(batch)
         if key not in self._recorded:
-            if key not in self._seen:
-                self._seen[key] = None
-                if len(self._seen) > _MOST_SEEN:
-                    self._seen.popitem(last=False)
+            if key not in self._ran:
                 return None
-            del self._seen[key]
+            del self._ran[key]
             self._recorded[key] = self._record(model, batch, sizes)
             if len(self._recorded) > _MOST_GRAPHS:
                 self._recorded.popitem(last=False)
@@ -93,6 +90,15 @@ class Replay:
         recorded.sizes.copy_(sizes)
         recorded.graph.replay()
         return recorded.found
+
+    def ran(self, batch: Tensor) -> None:
+        """Say that a batch has run as it came, [B, 3, H, W]: its shape is recorded the next time.
+
+        Not when it began: what a graph is recorded from must have run before, so that its kernels are chosen.
+        """
+        self._ran[_key_of(batch)] = None
+        if len(self._ran) > _MOST_RAN:
+            self._ran.popitem(last=False)
 
     def _record(self, model: Detector, batch: Tensor, sizes: Tensor) -> _Recorded | None:
         """The graph of one shape that has been run before, so that its kernels are chosen; None where it cannot be."""
@@ -117,6 +123,10 @@ class Replay:
             graph.capture_end()
         self._pool = self._pool or graph.pool()
         return _Recorded(graph, own_batch, own_sizes, found)
+
+
+def _key_of(batch: Tensor) -> Hashable:
+    return tuple(batch.shape), batch.dtype, batch.stride()
 
 
 @cache
