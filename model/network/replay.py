@@ -28,8 +28,8 @@ _logger = logging.getLogger("dsg.model")
 # their launches take.
 _BYTES_OF_PIXEL = 800
 _SHARE_OF_MEMORY = 8
-# Shapes whose graphs are kept, and shapes that are remembered as having run once. Graphs share the memory of what is between
-# their inputs and outputs.
+# Shapes whose graphs are kept, and shapes that are remembered as having run once. Graphs share the memory of what is
+# between their inputs and outputs.
 _MOST_GRAPHS = 128
 _MOST_RAN = 1024
 
