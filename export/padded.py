@@ -50,7 +50,7 @@ def detections_of(
     for number, picture in enumerate(prepared):
         rows = np.flatnonzero(wanted[number])  # [n]
         height, width = picture.original_size
-        resized_height, resized_width = picture.pixels.shape[-2:]
+        resized_height, resized_width = picture.size
         ratio_y, ratio_x = (
             np.float32(height) / np.float32(resized_height),
             np.float32(width) / np.float32(resized_width),

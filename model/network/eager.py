@@ -17,23 +17,33 @@ from dsg.model.network.constants import constant
 from dsg.model.network.detections import Detections
 from dsg.model.network.detector import Detector, without_padding
 from dsg.model.network.float32 import whole_float32
-from dsg.model.network.image_tensor import image_tensor, resize
+from dsg.model.network.image_tensor import image_tensor, resize, scaled
 from dsg.model.network.info import CheckpointInfo, Resize
 from dsg.model.network.norm import fold_norms
 from dsg.model.network.predictor import Begun, Precision, PreparedImage, Runtime
 from dsg.model.network.replay import Replay
-from dsg.model.network.sizes import padded_size
+from dsg.model.network.sizes import padded_size, resized_size
 from dsg.model.network.types import PaddedDetections
 from dsg.ops import kernel_name
 from dsg.ops.diagnosis import gpu_problem
 
 _logger = logging.getLogger("dsg.model")
+_BYTES_OF_FLOAT = 4
 
 
-def prepare_tensor(image: Any, how: Resize) -> PreparedImage:
-    """What every runtime of torch does with a picture before its batch comes together."""
+def prepare_tensor(image: Any, how: Resize, on_device: bool = False) -> PreparedImage:
+    """What every runtime of torch does with a picture before its batch comes together.
+
+    Args:
+        on_device: leave a resize without a low-pass to `detect`, where that is less to bring there: it makes four bytes
+            of each, 12 ms of a CPU for a picture of 800x1066.
+    """
     pixels = image_tensor(image)
     height, width = pixels.shape[-2:]
+    size = resized_size(height, width, how)
+    is_less = height * width <= _BYTES_OF_FLOAT * size[0] * size[1]
+    if on_device and pixels.dtype == torch.uint8 and not how.antialias and size != (height, width) and is_less:
+        return PreparedImage(pixels, (height, width), padded_size(*size), scale_to=size)
     resized = resize(pixels, how)
     return PreparedImage(resized, (height, width), padded_size(*resized.shape[-2:]))
 
@@ -61,7 +71,7 @@ class EagerRuntime(Runtime):
         return f"PyTorch {torch.__version__} on {self.device}, {kernel_name()}"
 
     def prepare(self, image: Any, how: Resize) -> PreparedImage:
-        return prepare_tensor(image, how)
+        return prepare_tensor(image, how, on_device=True)
 
     def detect(self, prepared: Sequence[PreparedImage], score_threshold: float) -> list[Detections]:
         return self.begin(prepared, score_threshold).finish()
@@ -118,10 +128,15 @@ class EagerRuntime(Runtime):
 
     def _images(self, prepared: Sequence[PreparedImage]) -> list[Tensor]:
         parameter = next(self.model.parameters())
-        images = [item.pixels.to(parameter.device, non_blocking=True) for item in prepared]
+        images = [_brought(item, parameter.device) for item in prepared]
         if not isinstance(self.model, Detector) or any(image.dtype != torch.uint8 for image in images):
             images = [_as_float(image, parameter.dtype) for image in images]
         return images
+
+
+def _brought(item: PreparedImage, device: torch.device) -> Tensor:
+    pixels: Tensor = item.pixels.to(device, non_blocking=True)
+    return pixels if item.scale_to is None else scaled(pixels, item.scale_to, antialias=False)
 
 
 def _as_float(pixels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,7 +146,7 @@ def _as_float(pixels: Tensor, dtype: torch.dtype) -> Tensor:
 def to_original(found: Detections, prepared: PreparedImage) -> Detections:
     """Detections of a resized picture in pixels of the original one."""
     height, width = prepared.original_size
-    resized_height, resized_width = prepared.pixels.shape[-2:]
+    resized_height, resized_width = prepared.size
     # In float32 whatever the dtype: torchvision has its ratios so, and imported networks must give its boxes.
     ratio_x = float(np.float32(width) / np.float32(resized_width))
     ratio_y = float(np.float32(height) / np.float32(resized_height))

@@ -57,7 +57,11 @@ def resize(pixels: Tensor, how: Resize) -> Tensor:
     size = resized_size(height, width, how)
     if size == (height, width):
         return pixels  # as it lies: turning it round is for the device that will read it
-    if pixels.dtype == torch.uint8 and not how.antialias:
+    return scaled(pixels, size, how.antialias)
+
+
+def scaled(pixels: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
+    """Pixels [3, H, W] at another size, as `resize` gives them; on any device."""
+    if pixels.dtype == torch.uint8 and not antialias:
         pixels = pixels.float() / 255
-    scaled = functional.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=how.antialias)
-    return scaled[0]
+    return functional.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=antialias)[0]

@@ -3,7 +3,7 @@
 What runs the network is a `Runtime`: PyTorch for a module (`eager.py`), others for exported files. Importing this
 needs no torch.
 
-h, w size of a resized picture.
+H, W size of a picture as it came, h, w after the resize.
 """
 
 import os
@@ -29,13 +29,21 @@ Precision = Literal["auto", "float32", "float16", "bfloat16"]
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """A picture as the network wants it, still on the CPU."""
+    """A picture as the runtime wants it, still on the CPU."""
 
-    pixels: Any  # uint8, or float in 0..1, [3, h, w]: a tensor or a NumPy array, as the runtime wants it
+    pixels: Any  # uint8, or float in 0..1, [3, h, w]: a tensor or a NumPy array; [3, H, W] where yet to be scaled
     original_size: tuple[int, int]
     """(height, width) of the picture that came in."""
     padded_size: tuple[int, int]
     """(height, width) in a batch of its own: pictures that agree here batch without padding for each other."""
+    scale_to: tuple[int, int] | None = None
+    """(height, width) that `pixels` have yet to be scaled to, where the device does it; None where nothing is to do."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) as the network sees it."""
+        height, width = self.scale_to or self.pixels.shape[-2:]
+        return height, width
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import copy
 import os
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from PIL import Image
 
 from dsg.model import build, load
 from dsg.model.network.checkpoint import Category, CheckpointInfo, Resize, save_checkpoint
+from dsg.model.network.eager import prepare_tensor
 from dsg.model.network.image_tensor import resize
 from dsg.model.network.predictor import Predictor
 from dsg.model.network.sizes import resized_size
@@ -236,6 +238,24 @@ def test_resize_keeps_flat_colours_and_rounds_8_bit():
     assert (resize(flat, Resize(64, 128)) == 77).all() and resize(flat, Resize(64, 128)).dtype == torch.uint8
     plain = resize(flat, Resize(64, 128, antialias=False))
     assert plain.dtype == torch.float32 and torch.allclose(plain, torch.tensor(77 / 255))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_resize_without_low_pass_is_left_to_the_device_where_that_is_less_to_bring(predictor, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    how = Resize(64, 128, antialias=False)
+    model = copy.deepcopy(predictor.model).to(device)
+    one = Predictor(model, replace(predictor.info, resize=how, score_threshold=0.05))
+    for height, width, left in ((40, 60, True), (64, 128, False), (100, 140, True), (150, 200, False)):
+        picture = pixels(height, width, seed=height)
+        prepared, at_once = one.prepare(picture), prepare_tensor(picture, how)
+        assert (prepared.scale_to is not None) is left
+        assert (prepared.pixels.dtype == torch.uint8) is (left or (height, width) == (64, 128))
+        assert prepared.size == at_once.size == tuple(at_once.pixels.shape[-2:])
+        assert prepared.padded_size == at_once.padded_size and prepared.original_size == (height, width)
+        (found,), (expected,) = one.detect([prepared]), one.detect([at_once])
+        assert len(found) > 3 and same(found.to("cpu"), expected.to("cpu"))
 
 
 def test_load_by_path_and_by_name(predictor, tmp_path, monkeypatch):
