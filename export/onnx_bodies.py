@@ -41,6 +41,22 @@ def _same_but_for_names(node: onnx.NodeProto) -> bytes:
 
 
 def _body(node: onnx.NodeProto, overload: str, opset: int) -> onnx.FunctionProto:
+    lines, inputs = _suppression(node) if node.op_type == "BatchedNms" else _pooling(node)
+    text = (
+        f'<opset_import: ["" : {opset}], domain: "{DOMAIN}", overload: "{overload}">\n'
+        f"{node.op_type} ({', '.join(inputs)}) => (output)\n{{\n" + "\n".join(lines) + "\n}"
+    )
+    return parser.parse_function(text)
+
+
+def _suppression(node: onnx.NodeProto) -> tuple[list[str], list[str]]:
+    """Lines of a body, and the names of its inputs."""
+    (threshold,) = (helper.get_attribute_value(attribute) for attribute in node.attribute)
+    return [_SUPPRESS.format(threshold=repr(float(threshold)))], ["boxes", "groups", "valid"]
+
+
+def _pooling(node: onnx.NodeProto) -> tuple[list[str], list[str]]:
+    """Lines of a body, and the names of its inputs."""
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     levels = [f"features_{level}" for level in range(len(node.input) - 2)]
     scales = given.get("spatial_scales") or [given["spatial_scale"]]
@@ -70,11 +86,7 @@ def _body(node: onnx.NodeProto, overload: str, opset: int) -> onnx.FunctionProto
     if is_guided:
         lines.append(_GUIDE.format(height=bins[0], width=bins[1], samples=samples))
     lines.append(_FINISH.format(result="averaged" if is_guided else "all_pooled"))
-    text = (
-        f'<opset_import: ["" : {opset}], domain: "{DOMAIN}", overload: "{overload}">\n'
-        f"{node.op_type} (rois, prob, {', '.join(levels)}) => (output)\n{{\n" + "\n".join(lines) + "\n}"
-    )
-    return parser.parse_function(text)
+    return lines, ["rois", "prob", *levels]
 
 
 def _level_areas(scales: Sequence[float], given: dict[str, Any]) -> list[float]:
@@ -156,3 +168,50 @@ four_axes = Constant <value_ints = [2, 3]> ()
 is_valid_bin = Unsqueeze (is_valid, four_axes)
 finished = Where (is_valid_bin, ordered, nil)
 output = CastLike (finished, features_0)"""
+_SUPPRESS = """
+group = Cast <to = 1> (groups)
+one = Constant <value_float = 1.0> ()
+highest = ReduceMax <keepdims = 0> (group)
+places = Add (highest, one)
+root = Sqrt (places)
+side = Ceil (root)
+quotient = Div (group, side)
+row = Floor (quotient)
+before = Mul (row, side)
+column = Sub (group, before)
+third_axis = Constant <value_ints = [2]> ()
+column_alone = Unsqueeze (column, third_axis)
+row_alone = Unsqueeze (row, third_axis)
+from_corner = Concat <axis = 2> (column_alone, row_alone)
+half = Constant <value_float = 0.5> ()
+half_side = Mul (side, half)
+middle = Floor (half_side)
+cell = Sub (from_corner, middle)
+distances = Abs (boxes)
+axes_of_image = Constant <value_ints = [1, 2]> ()
+furthest = ReduceMax <keepdims = 1> (distances, axes_of_image)
+reach = Add (furthest, one)
+move = Mul (cell, reach)
+moves = Concat <axis = 2> (move, move)
+apart = Add (boxes, moves)
+count = Shape <start = 1, end = 2> (groups)
+most = Squeeze (count)
+last = Constant <value_int = 0> ()
+step = Constant <value_int = -1> ()
+falling = Range (most, last, step)
+rank = Cast <to = 1> (falling)
+below_all = Constant <value_float = -1.0> ()
+scores = Where (valid, rank, below_all)
+second_axis = Constant <value_ints = [1]> ()
+scores_of_class = Unsqueeze (scores, second_axis)
+threshold = Constant <value_floats = [{threshold}]> ()
+least = Constant <value_floats = [0.0]> ()
+chosen = NonMaxSuppression (apart, scores_of_class, count, threshold, least)
+image_and_box = Constant <value_ints = [0, 2]> ()
+place = Gather <axis = 1> (chosen, image_and_box)
+mark = Constant <value_int = 1> ()
+number = Shape <start = 0, end = 1> (place)
+marks = Expand (mark, number)
+nothing = Sub (groups, groups)
+marked = ScatterND (nothing, place, marks)
+output = Cast <to = 9> (marked)"""

@@ -1,9 +1,7 @@
 """The ops of dsg in ONNX: what torch.onnx.export is told.
 
-`dsg::SgRoIAlign` and `dsg::MultiScaleSgRoIAlign` are nodes of their own, so that native kernels can take them;
-`onnx_bodies.add_bodies` gives the model what they mean in standard operators.
-
-B images, N boxes of an image, M of all that stay.
+`dsg::SgRoIAlign`, `dsg::MultiScaleSgRoIAlign` and `dsg::BatchedNms` are nodes of their own, so that native kernels can
+take them; `onnx_bodies.add_bodies` gives the model what they mean in standard operators.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +10,7 @@ from typing import Any
 import onnx
 import torch
 import torchvision  # noqa: F401  registers its deformable convolution
-from onnx import helper
-from onnxscript import FLOAT, INT64, opset18, opset19
+from onnxscript import opset18, opset19
 from onnxscript.values import Op, Opset
 
 DOMAIN = "dsg"
@@ -55,6 +52,24 @@ _MANY = Op(
         "MultiScaleSgRoIAlign",
         _MAX_LEVELS,
         {**_SIZES, "spatial_scales": _FLOATS, "canonical_scale": _FLOAT, "canonical_level": _INT},
+    ),
+)
+
+
+_NMS = Op(
+    _DSG,
+    "BatchedNms",
+    onnx.defs.OpSchema(
+        "BatchedNms",
+        DOMAIN,
+        1,
+        inputs=[
+            onnx.defs.OpSchema.FormalParameter("boxes", "tensor(float)"),
+            onnx.defs.OpSchema.FormalParameter("groups", "tensor(int64)"),
+            onnx.defs.OpSchema.FormalParameter("valid", "tensor(bool)"),
+        ],
+        outputs=[onnx.defs.OpSchema.FormalParameter("kept", "tensor(bool)")],
+        attributes=[onnx.defs.OpSchema.Attribute("threshold", _FLOAT)],
     ),
 )
 
@@ -117,40 +132,8 @@ def _multiscale_sg_roi_align(
     )
 
 
-def _batched_nms(boxes: FLOAT, groups: INT64, valid: Any, threshold: float) -> Any:
-    """One NonMaxSuppression for all images and groups: boxes of different groups are moved to different places.
-
-    The places form a square grid around the origin, so that coordinates stay small and float32 keeps their fractions.
-    """
-    op = _OP
-    group = op.Cast(groups, to=onnx.TensorProto.FLOAT)  # [B, N]
-    side = op.Ceil(op.Sqrt(op.ReduceMax(group, keepdims=0) + 1.0))
-    row = op.Floor(op.Div(group, side))
-    column = group - row * side
-    last = op.Constant(value_ints=[2])
-    # [B, N, 2], from -side / 2 to side / 2
-    cell = op.Concat(op.Unsqueeze(column, last), op.Unsqueeze(row, last), axis=2) - op.Floor(side * 0.5)
-    reach = op.ReduceMax(op.Abs(boxes), op.Constant(value_ints=[1, 2]), keepdims=1) + 1.0  # [B, 1, 1]
-    moves = cell * reach
-    apart = boxes + op.Concat(moves, moves, axis=2)  # [B, N, 4]
-    count = op.Shape(groups, start=1, end=2)  # [1]: N
-    scalar = op.Squeeze(count)
-    falling = op.Range(scalar, op.Constant(value_int=0), op.Constant(value_int=-1))  # [N]: the boxes come best first
-    scores = op.Where(valid, op.Cast(falling, to=onnx.TensorProto.FLOAT), op.Constant(value_float=-1.0))  # [B, N]
-    chosen = op.NonMaxSuppression(
-        apart,
-        op.Unsqueeze(scores, op.Constant(value_ints=[1])),
-        count,
-        op.Constant(value_floats=[threshold]),
-        op.Constant(value_floats=[0.0]),
-    )  # [M, 3]: image, class (always 0), box
-    place = op.Gather(chosen, op.Constant(value_ints=[0, 2]), axis=1)  # [M, 2]
-    ones = op.Expand(op.Constant(value_int=1), op.Shape(place, start=0, end=1))  # [M]
-    kept = op.ScatterND(op.ConstantOfShape(op.Shape(groups), value=_INT_ZERO), place, ones)  # [B, N]
-    return op.Cast(kept, to=onnx.TensorProto.BOOL)
-
-
-_INT_ZERO = helper.make_tensor("zero", onnx.TensorProto.INT64, [1], [0])
+def _batched_nms(boxes: Any, groups: Any, valid: Any, threshold: float) -> Any:
+    return _NMS(boxes, groups, valid, threshold=threshold)
 
 
 def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:

@@ -99,10 +99,10 @@ def test_the_onnx_graph(onnx_file):
     model = onnx.load(onnx_file.path)
     onnx.checker.check_model(model, full_check=True)
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-    kinds = {node.op_type for node in model.graph.node}
+    kinds = {node.op_type for part in (model.graph, *model.functions) for node in part.node}
     assert not kinds & {"Loop", "Scan", "If"} and {"NonMaxSuppression", "ScatterND", "TopK"} <= kinds
-    own = [(node.domain, node.op_type) for node in model.graph.node if node.domain not in ("", "ai.onnx")]
-    assert own == [("dsg", "MultiScaleSgRoIAlign")] * 3
+    own = sorted((node.domain, node.op_type) for node in model.graph.node if node.domain not in ("", "ai.onnx"))
+    assert own == [("dsg", "BatchedNms")] * 2 + [("dsg", "MultiScaleSgRoIAlign")] * 3
     assert {opset.domain: opset.version for opset in model.opset_import}[""] >= 18
     assert {function.domain for function in model.functions} == {"dsg"}
     # onnxruntime in any language sees the contract
@@ -142,6 +142,7 @@ def test_the_library_takes_the_nodes_over(onnx_file, tmp_path):
         event["args"].get("op_name") for event in events if event.get("cat") == "Node" and "kernel" in event["name"]
     ]
     assert kinds.count("MultiScaleSgRoIAlign") == 3 and "RoiAlign" not in kinds
+    assert kinds.count("BatchedNms") == 2 and "NonMaxSuppression" not in kinds
 
 
 def test_the_proof_says_what_it_compared(onnx_file, torchscript_file):

@@ -128,8 +128,8 @@ def test_onnx_on_a_gpu(with_library, onnx_file, checkpoint, pictures, tmp_path):
     assert np.array_equal(found["valid"], wanted.valid.numpy())
     rows = found["valid"]
     np.testing.assert_allclose(found["boxes"][rows], wanted.boxes.numpy()[rows], rtol=0, atol=0.1)
-    own = [node for node in nodes if node["op_name"] == "MultiScaleSgRoIAlign"]
-    assert len(own) == (3 if with_library else 0)
+    own = [node for node in nodes if node["op_name"] in ("MultiScaleSgRoIAlign", "BatchedNms")]
+    assert len(own) == (5 if with_library else 0)
     assert all(node["provider"] == "CUDAExecutionProvider" for node in own)
     if with_library:
         # the features go from convolution to kernel on the GPU: no copy node is larger than sizes and counts

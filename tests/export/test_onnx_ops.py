@@ -155,8 +155,9 @@ class Nms(torch.nn.Module):
         return batched_nms(boxes, scores, groups, valid, 0.5)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_nms_of_a_batch_of_another_size(batch, tmp_path) -> None:
+def test_nms_of_a_batch_of_another_size(batch, way, tmp_path) -> None:
     def arguments(images: int, seed: int) -> tuple:
         generator = torch.Generator().manual_seed(seed)
         corner = torch.rand(images, 300, 2, generator=generator) * 600
@@ -178,9 +179,15 @@ def test_nms_of_a_batch_of_another_size(batch, tmp_path) -> None:
         verbose=False,
     )
     model = program.model_proto
+    add_bodies(model)
+    onnx.checker.check_model(model, full_check=True)
     loops = {"Loop", "Scan", "If", "SequenceMap"}
-    assert not [node.op_type for node in model.graph.node if node.op_type in loops]
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (body,) = model.functions
+    assert not [node.op_type for node in (*model.graph.node, *body.node) if node.op_type in loops]
+    options = onnxruntime.SessionOptions()
+    if way == "kernel":
+        options.register_custom_ops_library(str(OP_LIBRARY))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
     for seed, none_valid in itertools.product(range(1, 6), (False, True)):
         given = list(arguments(batch, seed))

@@ -1,35 +1,14 @@
-// dsg::SgRoIAlign and dsg::MultiScaleSgRoIAlign for onnxruntime, on the CPU and on CUDA, in float and half.
+// dsg::SgRoIAlign and dsg::MultiScaleSgRoIAlign for onnxruntime, on the CPU and on CUDA, in float and half; and what
+// onnxruntime calls when the library is registered.
 //
 // Both execution providers get a kernel for every type: where a library registers an op, onnxruntime forgets the body
 // that the model holds for it, and a provider without a kernel of its own would have nothing to run.
-#define ORT_API_MANUAL_INIT
-#include <onnxruntime_cxx_api.h>
-
-#include <string>
-
-#include "request.h"
+#include "kernel.h"
 
 namespace dsg {
 namespace {
 
 constexpr size_t kRois = 0, kProb = 1, kFeatures = 2;  // inputs
-
-void check(bool holds, const char* what) {
-  if (!holds) {
-    throw Ort::Exception(std::string("dsg: ") + what, ORT_INVALID_ARGUMENT);
-  }
-}
-
-// Exceptions do not cross into onnxruntime.
-template <typename task_t>
-OrtStatusPtr guarded(const task_t& task) {
-  try {
-    task();
-    return nullptr;
-  } catch (const std::exception& error) {
-    return Ort::Status(error.what(), ORT_INVALID_ARGUMENT).release();
-  }
-}
 
 template <typename type_t>
 class Kernel {
@@ -100,12 +79,7 @@ class Kernel {
       run_cuda(context, request);
       return;
     }
-    const Parallel parallel{
-        [](void* own, void (*task)(void*, size_t), size_t count, void* data) {
-          static_cast<Ort::KernelContext*>(own)->ParallelFor(task, count, 0, data);
-        },
-        &context};
-    run_on_cpu(request, attributes, parallel);
+    run_on_cpu(request, attributes, parallel_of(context));
   }
 
   Attributes attributes;
@@ -168,6 +142,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     // Lives as long as the process: sessions hold on to it.
     static Ort::CustomOpDomain domain = [] {
       Ort::CustomOpDomain made{"dsg"};
+      dsg::add_nms(made);
       dsg::add<false>(made);
 #if defined(DSG_WITH_CUDA)
       dsg::add<true>(made);

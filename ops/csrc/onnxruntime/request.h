@@ -1,4 +1,4 @@
-// One call of the op as onnxruntime hands it over: contiguous tensors, and the attributes of the node.
+// Calls of the ops as onnxruntime hands them over: contiguous tensors, and the attributes of the node.
 //
 // N images, C channels, R RoIs, H x W the output, Hp x Wp a probability map.
 #pragma once
@@ -65,5 +65,24 @@ void run_on_cpu(const Request& request, const Attributes& attributes, const Para
 
 // `stream`: a cudaStream_t. Returns an error's text, or null.
 const char* run_on_cuda(const Request& request, const Attributes& attributes, void* stream);
+
+// One call of suppression: B images, N boxes of an image, by falling score.
+struct BoxesOfImages {
+  const float* boxes;  // [B, N, 4]
+  const int64_t* groups;  // [B, N]
+  const bool* valid;  // [B, N]
+  int64_t images, count;
+  float threshold;
+  bool* keep;  // [B, N]
+};
+
+// Bytes that `suppress_on_cuda` needs beside.
+int64_t suppression_scratch(const BoxesOfImages& call);
+
+// `scratch`: so many bytes on the device; `stream`: a cudaStream_t. Returns an error's text, or null.
+const char* suppress_on_cuda(const BoxesOfImages& call, void* scratch, void* stream);
+
+// CUDA's number of the device in use.
+int current_device();
 
 }  // namespace dsg
