@@ -126,6 +126,17 @@ def test_a_worker_has_the_next_batch_wait_behind_the_one_that_runs() -> None:
         assert third == 2 and pickle.loads(connection.recv_bytes())[:2] == (2, "done")
 
 
+def test_an_error_that_shows_while_a_batch_runs_is_told_at_its_end() -> None:
+    def broken(*_: object) -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    predictor = SimpleNamespace(begin=lambda pictures, threshold: Begun(broken, broken), device="cpu")
+    running = Running(predictor, [], 0.0)  # type: ignore[arg-type]
+    assert running.is_done()
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        running.end()
+
+
 @pytest.mark.parametrize(
     ("colour", "error", "message"),
     [
