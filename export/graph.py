@@ -13,7 +13,6 @@ from dsg.export.contract import OUTPUTS
 from dsg.model.network.detector import Detector
 from dsg.model.network.norm import fold_norms
 from dsg.model.network.sizes import padded_size
-from dsg.model.network.whole import WholeConv2d
 
 _MOST_IMAGES = 1024
 # Below 65 the coarsest pyramid level has one cell, for which PyTorch's shape rules know other cases. The files take
@@ -32,6 +31,8 @@ class ExportGraph(nn.Module):
         detector: in eval mode; it is left as it is.
         half: compute in float16; boxes and scores stay float32, and so do inputs and outputs.
         channels_last: lay weights, and with them features, out as PyTorch's convolutions and SgRoIAlign are quickest.
+            Not for `record` in half precision: of a cast to float32 and back torch.export asks how strides divide each
+            other, which it cannot prove for all widths.
     """
 
     def __init__(self, detector: Detector, half: bool, channels_last: bool = False) -> None:
@@ -42,10 +43,6 @@ class ExportGraph(nn.Module):
         self._half = half
         if half:
             self.detector.half()
-            # Here a cast of features is a pass of its own, and a guard of their strides in what torch.export records.
-            for part in self.detector.modules():
-                if isinstance(part, WholeConv2d):
-                    part.narrow(torch.float16)
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """images float32 [B, 3, H, W], sizes int64 [B, 2] -> the tensors of `contract.OUTPUTS`."""

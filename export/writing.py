@@ -72,8 +72,6 @@ def export(
     reason = refusal(detector.config, kind)
     if reason is not None:
         raise ExportError(f"{info.name} has no {kind} export: {reason}")
-    if kind is Format.AOTI and half and target.type == "cpu":
-        raise ExportError(f"a {kind} package in float16 is for a GPU: give --device cuda, or leave --half out")
     contract = Contract(
         format=kind,
         checkpoint=info,
@@ -89,7 +87,9 @@ def export(
         written = Path(folder) / f"model{kind.suffix}"
         say(f"writing {kind} of {info.name}" + (" (takes minutes)" if kind is Format.AOTI else ""))
         with whole_float32():
-            ops = _WRITERS[kind](ExportGraph(detector, half, channels_last=kind is not Format.ONNX), written, target)
+            # The compiler chooses layouts of its own.
+            channels_last = kind is Format.TORCHSCRIPT or (kind is Format.AOTI and not half)
+            ops = _WRITERS[kind](ExportGraph(detector, half, channels_last), written, target)
         contract = attach(written, replace(contract, ops=ops))
         if contract.ops_are_needed:
             say(f"whoever loads it must have loaded these operators before: {', '.join(contract.ops)}")

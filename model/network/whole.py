@@ -25,11 +25,6 @@ class Whole(nn.Module):
                 tensor.data = own[name].to(tensor.device)
         return self
 
-    def narrow(self, dtype: torch.dtype) -> None:
-        """Cast it all the same."""
-        for _, tensor in self._own():
-            tensor.data = tensor.to(dtype)
-
     def _own(self) -> list[tuple[str, Tensor]]:
         return [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
 

@@ -77,6 +77,15 @@ def test_half_precision(kind, checkpoint, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
+def test_compiled_package_in_half_precision(checkpoint, tmp_path):
+    said: list[str] = []
+    path = export(checkpoint, Format.AOTI, tmp_path, device="cpu", half=True, say=said.append)
+    assert (read_contract(path).precision, read_contract(path).device) == ("float16", "cpu")
+    assert any("in float16 against itself in float32" in line for line in said)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_compiled_package(checkpoint, pictures, tmp_path, monkeypatch):
     path = export(checkpoint, Format.AOTI, tmp_path, device="cpu")
     with pytest.raises(ExportError, match="DSG_TRUST_CODE=1"):

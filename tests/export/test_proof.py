@@ -137,13 +137,6 @@ def test_unknown_model_and_device(tmp_path, capfd) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_package_in_float16_is_for_a_gpu(checkpoint, tmp_path, capfd) -> None:
-    command = ["export", "--model", str(checkpoint), "--format", "aoti", "--half", "--device", "cpu"]
-    assert run([*command, "--out", str(tmp_path)]) == 2
-    assert "in float16 is for a GPU: give --device cuda" in capfd.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_what_can_be_exported_is_known_before_training() -> None:
     for name in presets():
         assert [refusal(preset_config(name), kind) for kind in Format] == [None] * 3
