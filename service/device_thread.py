@@ -111,25 +111,25 @@ class DeviceThread:
                 return None
             if self._has_own:
                 return self._own.popleft()
-            seconds_per_pixel = queue.pace.seconds_for_pixels(1)
-            tickets = queue.waiting.take(self._limit, time.monotonic(), seconds_per_pixel, not self._running)
+            tickets = queue.waiting.take(self._limit, time.monotonic(), queue.pace.seconds_for_pixels(1))
             queue.count()
             return tickets
 
     @property
     def _has_own(self) -> bool:
         """Whether a batch for this device alone can begin now."""
-        return bool(self._own) and (not self._running or not (self._own[0][0].alone or self._runs_alone))
+        return bool(self._own) and not (self._running and self._must_end_first)
 
     @property
     def _has_next(self) -> bool:
         """Whether something waits that can join what runs, and no other device for it."""
-        return bool(self._queue.waiting.together) and not self._queue.idle and not self._runs_alone
+        waiting = self._queue.waiting
+        return bool(waiting) and not waiting.alone and not self._queue.idle and not self._must_end_first
 
     @property
-    def _runs_alone(self) -> bool:
-        """Whether what runs is a picture that may end its process, and must not take others along."""
-        return self._running[0].tickets[0].alone
+    def _must_end_first(self) -> bool:
+        """Whether what runs, or what is next, is a picture that may end its process and must not take others along."""
+        return self._running[0].tickets[0].alone or bool(self._own and self._own[0][0].alone)
 
     @property
     def _is_next_due(self) -> bool:

@@ -80,9 +80,9 @@ class WaitingPictures:
         return self._count
 
     @property
-    def together(self) -> int:
-        """How many wait that need not run alone."""
-        return self._count - self._alone
+    def alone(self) -> int:
+        """How many wait that have to run alone."""
+        return self._alone
 
     @property
     def pixels(self) -> int:
@@ -108,21 +108,20 @@ class WaitingPictures:
         self._pixels -= ticket.pixels
         return True
 
-    def take(
-        self, limit: BatchLimit, now: float, seconds_per_pixel: float = 0.0, alone_too: bool = True
-    ) -> list[Ticket]:
+    def take(self, limit: BatchLimit, now: float, seconds_per_pixel: float = 0.0) -> list[Ticket]:
         """The next batch, oldest first: of one bucket, within the limit, at least one picture; empty if none waits.
+
+        What has to run alone goes first: there is little of it, and all else waits for it to get out of the way.
 
         Args:
             limit: how large it may be.
             now: on the clock of `time.monotonic`.
             seconds_per_pixel: what the device takes, as measured: a batch stays so small that it is done by the
                 deadlines of its pictures. On a CPU, which gains nothing from batches, large ones would all be late.
-            alone_too: whether one may be taken that has to run alone.
         """
-        buckets = [bucket for bucket in self._buckets.values() if alone_too or not next(iter(bucket.values())).alone]
-        if not buckets:
+        if not self._buckets:
             return []
+        buckets = [one for one in self._buckets.values() if next(iter(one.values())).alone or not self._alone]
         tickets: list[Ticket] = []
         soonest = math.inf
         for ticket in max(buckets, key=lambda bucket: self._urgency(bucket, limit, now)).values():

@@ -129,16 +129,18 @@ def test_after_a_death_each_picture_that_was_there_runs_with_nothing_beside_it(r
     (third,) = rig.submit()
     for _, future in lost:
         future.set_exception(WorkerDied("the worker ended"))
-    begun = [rig.device.next()]
-    while len(begun) < 3:
+    for number in range(2):  # and before all else, however much of that there is
+        count, end = rig.device.next()
+        rig.submit(MOST)
         with pytest.raises(queue.Empty):
             rig.device.begun.get(timeout=0.05)
-        begun[-1][1]()
-        begun.append(rig.device.next())
-    begun[-1][1]()
-    assert [count for count, _ in begun] == [1, 1, 1] and rig.device.restarts == 1
+        assert count == 1 and [first.done(), second.done()].count(True) == number and not third.done()
+        end()
+    while not third.done():
+        rig.device.next()[1]()
     for future in (first, second, third):
         assert future.result(WAIT).detections is None
+    assert rig.device.restarts == 1
 
 
 @pytest.mark.parametrize("rig", [1e-9], indirect=True)

@@ -32,6 +32,19 @@ def test_the_fullest_goes_first_and_the_oldest_within_it() -> None:
     assert waiting.take(limit, now=1.0) == []
 
 
+def test_what_has_to_run_alone_goes_first_and_alone() -> None:
+    waiting = WaitingPictures(ageing_s=1.0)
+    many, suspects = [ticket(32, number / 10) for number in range(4)], [ticket(32, 5.0), ticket(32, 6.0)]
+    for one in suspects:
+        one.alone = True
+    for one in [*many, *suspects]:
+        waiting.add(one)
+    limit = BatchLimit(pictures=4, pixels=10**9)
+    assert waiting.alone == 2 and waiting.take(limit, now=100.0) == suspects[:1]
+    assert waiting.alone == 1 and waiting.take(limit, now=100.0) == suspects[1:]
+    assert waiting.alone == 0 and waiting.take(limit, now=100.0) == many
+
+
 def test_pixels_bound_a_batch_and_a_single_one_always_goes() -> None:
     waiting = WaitingPictures(ageing_s=1.0)
     for number in range(5):
