@@ -165,15 +165,17 @@ class Detections:
 
     def rows(self, rows: Any) -> Detections:  # integers [k]: a tensor, an array or a list
         """The detections of these rows."""
-        numbers = rows if isinstance(rows, list) else rows.tolist()
+        known = {name: getattr(self, name) for name in ("counts", "areas") if getattr(self, name) is not None}
+        if known:
+            numbers = rows if isinstance(rows, list) else rows.tolist()
+            known = {name: tuple(values[number] for number in numbers) for name, values in known.items()}
         return replace(
             self,
             boxes=self.boxes[rows],
             scores=self.scores[rows],
             labels=self.labels[rows],
             mask_probs=self.mask_probs[rows],
-            counts=self.counts and tuple(self.counts[number] for number in numbers),
-            areas=self.areas and tuple(self.areas[number] for number in numbers),
+            **known,
         )
 
     def to(self, device: torch.device | str) -> Detections:

@@ -149,6 +149,17 @@ def test_arrays_do_what_tensors_do():
         dataclasses.replace(arrays, boxes=arrays.boxes.astype(np.int64))
 
 
+def test_what_is_known_of_masks_goes_with_its_rows():
+    (found,) = with_counts([detections(4)])
+    assert found.areas == tuple(found.masks().sum(dim=(1, 2)).tolist())
+    for rows in ([2, 0], torch.tensor([2, 0]), []):
+        some = found.rows(rows)
+        assert some.counts == tuple(found.counts[row] for row in rows)
+        assert some.areas == tuple(found.areas[row] for row in rows)
+    with pytest.raises(ValueError, match="areas must be of 4 masks, not 1"):
+        dataclasses.replace(found, areas=(7,))
+
+
 def test_on_a_cpu_nothing_is_moved():
     found = [detections(3), detections(0)]
     assert [one is other for one, other in zip(on_cpu(found), found, strict=True)] == [True, True]
