@@ -44,10 +44,10 @@ def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def same(one, other):
+def same(one, other, within=1e-5):
     """Equal but for the last bits: on several threads they depend on a RoI's row in a matrix product."""
     return torch.equal(one.labels, other.labels) and all(
-        torch.allclose(getattr(one, part), getattr(other, part), rtol=1e-5, atol=1e-5)
+        torch.allclose(getattr(one, part), getattr(other, part), rtol=within, atol=within)
         for part in ("boxes", "scores", "mask_probs")
     )
 
@@ -255,7 +255,8 @@ def test_a_resize_without_low_pass_is_left_to_the_device_where_that_is_less_to_b
         assert prepared.size == at_once.size == tuple(at_once.pixels.shape[-2:])
         assert prepared.padded_size == at_once.padded_size and prepared.original_size == (height, width)
         (found,), (expected,) = one.detect([prepared]), one.detect([at_once])
-        assert len(found) > 3 and same(found.to("cpu"), expected.to("cpu"))
+        # A GPU's interpolation rounds otherwise than a CPU's.
+        assert len(found) > 3 and same(found.to("cpu"), expected.to("cpu"), 1e-5 if device == "cpu" else 2e-3)
 
 
 def test_load_by_path_and_by_name(predictor, tmp_path, monkeypatch):
