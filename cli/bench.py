@@ -64,7 +64,7 @@ def service(
     deadline_s = None if deadline_ms is None else deadline_ms / 1000
     figures = run(setup, deadline_s, seconds, peers, images, on_case=lambda case: typer.echo(case, err=True))
     report.write(out, figures.rows, chosen)
-    draw(out.with_suffix(".png"), figures, f"{model} on {report.device_name(chosen)}")
+    draw(out.with_suffix(".png"), figures, f"{Path(model).stem} on {report.device_name(chosen)}")
     _show(figures.rows)
 
 
