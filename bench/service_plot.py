@@ -1,5 +1,6 @@
 """The plot of `dsg bench service`: latency and goodput against the rate that is asked, and the batches."""
 
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,7 +15,9 @@ def draw(path: Path, figures: Figures, title: str) -> None:
     for server in dict.fromkeys(one.server for one in figures.open_runs):
         runs = [one for one in figures.open_runs if one.server == server]
         rates = [one.rate for one in runs]
-        latency.plot(rates, [one.measured.percentile(0.99) * 1000 for one in runs], marker="o", label=server)
+        # A rate at which nothing was answered has no latency.
+        latencies = [one.measured.percentile(0.99) * 1000 or math.nan for one in runs]
+        latency.plot(rates, latencies, marker="o", label=server)
         goodput.plot(rates, [one.measured.rate(figures.deadline_s) for one in runs], marker="o", label=server)
     latency.set(xlabel="requests/s asked", ylabel="p99 latency of successes, ms", ylim=(0, None))
     goodput.set(xlabel="requests/s asked", ylabel=f"answers/s within {figures.deadline_s:.3g} s", ylim=(0, None))
