@@ -73,7 +73,6 @@ class WaitingPictures:
         # In each bucket the oldest is the first: dicts keep their order, and lose a ticket at once.
         self._buckets: dict[tuple[int, tuple[int, int], int], dict[int, Ticket]] = {}
         self._count = 0
-        self._alone = 0
         self._pixels = 0
 
     def __len__(self) -> int:
@@ -82,7 +81,7 @@ class WaitingPictures:
     @property
     def alone(self) -> int:
         """How many wait that have to run alone."""
-        return self._alone
+        return len(self._buckets_alone())
 
     @property
     def pixels(self) -> int:
@@ -93,7 +92,6 @@ class WaitingPictures:
         """Put a picture behind those of its bucket."""
         self._buckets.setdefault(ticket.bucket, {})[id(ticket)] = ticket
         self._count += 1
-        self._alone += ticket.alone
         self._pixels += ticket.pixels
 
     def discard(self, ticket: Ticket) -> bool:
@@ -104,7 +102,6 @@ class WaitingPictures:
         if not bucket:
             del self._buckets[ticket.bucket]
         self._count -= 1
-        self._alone -= ticket.alone
         self._pixels -= ticket.pixels
         return True
 
@@ -121,7 +118,7 @@ class WaitingPictures:
         """
         if not self._buckets:
             return []
-        buckets = [one for one in self._buckets.values() if next(iter(one.values())).alone or not self._alone]
+        buckets = self._buckets_alone() or self._buckets.values()
         tickets: list[Ticket] = []
         soonest = math.inf
         for ticket in max(buckets, key=lambda bucket: self._urgency(bucket, limit, now)).values():
@@ -143,8 +140,11 @@ class WaitingPictures:
         """Everything, in no order."""
         tickets = [ticket for bucket in self._buckets.values() for ticket in bucket.values()]
         self._buckets.clear()
-        self._count = self._alone = self._pixels = 0
+        self._count = self._pixels = 0
         return tickets
+
+    def _buckets_alone(self) -> list[dict[int, Ticket]]:
+        return [bucket for bucket in self._buckets.values() if next(iter(bucket.values())).alone]
 
     def _urgency(self, bucket: dict[int, Ticket], limit: BatchLimit, now: float) -> float:
         oldest = next(iter(bucket.values()))

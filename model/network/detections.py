@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsg.ops.rle import rle_areas
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -193,12 +195,13 @@ def with_counts(found: Sequence[Detections]) -> list[Detections]:
     """The same detections of several pictures, with their masks' counts and areas: on a GPU those of all at once."""
     first = next((one for one in found if len(one)), None)
     if first is None or isinstance(first.mask_probs, np.ndarray):
-        texts = [[rle["counts"] for rle in one.rle()] for one in found]
-        return [replace(one, counts=tuple(own)) for one, own in zip(found, texts, strict=True)]
-    from dsg.ops.masks import encode_mask_batches
+        rles = [one.rle() for one in found]
+        encoded = [([rle["counts"] for rle in own], rle_areas(own)) for own in rles]
+    else:
+        from dsg.ops.masks import encode_mask_batches
 
-    batches = [(one.mask_probs, one.boxes, one.image_size) for one in found]
-    encoded = encode_mask_batches(batches, paste=first.paste)
+        batches = [(one.mask_probs, one.boxes, one.image_size) for one in found]
+        encoded = encode_mask_batches(batches, paste=first.paste)
     return [
         replace(one, counts=tuple(texts), areas=tuple(areas))
         for one, (texts, areas) in zip(found, encoded, strict=True)

@@ -42,10 +42,9 @@ def prepare_tensor(image: Any, how: Resize, on_device: bool = False) -> Prepared
     height, width = pixels.shape[-2:]
     size = resized_size(height, width, how)
     is_less = height * width <= _BYTES_OF_FLOAT * size[0] * size[1]
-    if on_device and pixels.dtype == torch.uint8 and not how.antialias and size != (height, width) and is_less:
-        return PreparedImage(pixels, (height, width), padded_size(*size), scale_to=size)
-    resized = resize(pixels, how)
-    return PreparedImage(resized, (height, width), padded_size(*resized.shape[-2:]))
+    is_left = on_device and pixels.dtype == torch.uint8 and not how.antialias and size != (height, width) and is_less
+    resized, scale_to = (pixels, size) if is_left else (resize(pixels, how), None)
+    return PreparedImage(resized, (height, width), padded_size(*size), scale_to)
 
 
 class EagerRuntime(Runtime):

@@ -11,14 +11,6 @@ namespace {
 constexpr int64_t kRoisPerTask = 8;
 constexpr int64_t kCellsPerTask = 256;
 
-template <typename task_t>
-void for_each(const Parallel& parallel, int64_t count, const task_t& task) {
-  parallel.run(
-      parallel.context,
-      [](void* data, size_t index) { (*static_cast<const task_t*>(data))(static_cast<int64_t>(index)); },
-      static_cast<size_t>(count), const_cast<task_t*>(&task));
-}
-
 // [N, C, cells] -> [N, cells, C] in float.
 template <typename scalar_t>
 std::vector<float> channels_last(const Request& request, size_t level, const Parallel& parallel) {

@@ -36,14 +36,11 @@ class NmsKernel {
       suppress_on(context, call);
       return;
     }
-    const auto image = [&](int64_t index) {
-      const int64_t first = index * call.count;
+    for_each(parallel_of(context), call.images, [&](int64_t image) {
+      const int64_t first = image * call.count;
       suppress_image(
           call.boxes + 4 * first, call.groups + first, call.valid + first, call.count, threshold, call.keep + first);
-    };
-    parallel_of(context).run(
-        &context, [](void* data, size_t index) { (*static_cast<decltype(image)*>(data))(static_cast<int64_t>(index)); },
-        static_cast<size_t>(call.images), const_cast<void*>(static_cast<const void*>(&image)));
+    });
   }
 
   static void suppress_on(const Ort::KernelContext& context, const BoxesOfImages& call) {

@@ -61,6 +61,14 @@ struct Parallel {
   void* context;
 };
 
+template <typename task_t>
+void for_each(const Parallel& parallel, int64_t count, const task_t& task) {
+  parallel.run(
+      parallel.context,
+      [](void* data, size_t index) { (*static_cast<const task_t*>(data))(static_cast<int64_t>(index)); },
+      static_cast<size_t>(count), const_cast<task_t*>(&task));
+}
+
 void run_on_cpu(const Request& request, const Attributes& attributes, const Parallel& parallel);
 
 // `stream`: a cudaStream_t. Returns an error's text, or null.
