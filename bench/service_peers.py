@@ -62,12 +62,12 @@ def write(predictor: Predictor, found: Detections) -> bytes:
 class Api(litserve.LitAPI):
     """The model as LitServe runs it."""
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, arguments: argparse.Namespace, **options: Any) -> None:
         super().__init__(**options)
-        self._model = model
+        self._arguments = arguments
 
     def setup(self, device: str) -> None:
-        self._predictor = load(self._model, device)
+        self._predictor = load(self._arguments.model, device, proposals=self._arguments.proposals)
 
     def decode_request(self, request: fastapi.Request) -> PreparedImage:
         return prepare(self._predictor, request["image"].file.read())
@@ -87,7 +87,7 @@ class Api(litserve.LitAPI):
 
 def litserve_server(arguments: argparse.Namespace) -> None:
     """Serve for ever."""
-    api = Api(arguments.model, max_batch_size=arguments.max_batch, batch_timeout=_BATCH_WAIT_S, api_path="/segment")
+    api = Api(arguments, max_batch_size=arguments.max_batch, batch_timeout=_BATCH_WAIT_S, api_path="/segment")
     accelerator = "cuda" if arguments.device.startswith("cuda") else "cpu"
     server = litserve.LitServer(api, accelerator=accelerator, devices=1, timeout=arguments.deadline_s)
     server.run(host="127.0.0.1", port=arguments.port, num_api_servers=1, generate_client_file=False, log_level="error")
@@ -95,7 +95,7 @@ def litserve_server(arguments: argparse.Namespace) -> None:
 
 def plain_server(arguments: argparse.Namespace) -> None:
     """Serve for ever."""
-    predictor = load(arguments.model, arguments.device)
+    predictor = load(arguments.model, arguments.device, proposals=arguments.proposals)
     lock = threading.Lock()
     app = fastapi.FastAPI()
 
@@ -115,7 +115,7 @@ def plain_server(arguments: argparse.Namespace) -> None:
 
 def in_process(arguments: argparse.Namespace) -> None:
     """Print pictures a second of the network with its answers written, and the latency of one picture, as JSON."""
-    predictor = load(arguments.model, arguments.device)
+    predictor = load(arguments.model, arguments.device, proposals=arguments.proposals)
     files = [path.read_bytes() for path in sorted(Path(arguments.pictures).iterdir())]
     pictures = [prepare(predictor, data) for data in files]
 
@@ -153,6 +153,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", default="")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--max-batch", type=int, default=8)
+    parser.add_argument("--proposals", type=int, default=None)
     parser.add_argument("--deadline-s", type=float, default=30.0)
     parser.add_argument("--seconds", type=float, default=5.0)
     arguments = parser.parse_args()

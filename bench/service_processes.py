@@ -26,6 +26,8 @@ class Setup:
     model: str
     device: str
     max_batch: int
+    proposals: int | None = None
+    """None is the model's own number."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def serving(what: str, setup: Setup, deadline_s: float) -> Iterator[Running]:
         command = [*_peer(what, setup), "--port", str(port), "--deadline-s", str(deadline_s)]
         probe = "/health"
     environment = {"DSG_MAX_BATCH": str(setup.max_batch)}
+    if setup.proposals is not None:
+        environment["DSG_PROPOSALS"] = str(setup.proposals)
     began = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -103,7 +107,8 @@ def batch_sizes(port: int) -> dict[str, float]:
 
 def _peer(what: str, setup: Setup) -> list[str]:
     command = [sys.executable, "-m", "dsg.bench.service_peers", what, "--model", setup.model]
-    return [*command, "--device", setup.device, "--max-batch", str(setup.max_batch)]
+    command += ["--device", setup.device, "--max-batch", str(setup.max_batch)]
+    return command if setup.proposals is None else [*command, "--proposals", str(setup.proposals)]
 
 
 def _wait_ready(process: subprocess.Popen[bytes], url: str, what: str) -> None:

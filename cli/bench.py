@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dsg.cli.loading import DEFAULT_MODEL, DeviceOption, ModelOption, PrecisionOption
+from dsg.cli.loading import DEFAULT_MODEL, DeviceOption, ModelOption, PrecisionOption, ProposalsOption
 from dsg.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def service(
         typer.Option(help="What an answer must keep to count as good; else ten times what one picture takes.", min=1),
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Largest batch, of all servers.", min=1)] = 8,
+    proposals: ProposalsOption = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of photos to send; else made up.", exists=True, file_okay=False)
     ] = None,
@@ -60,11 +61,12 @@ def service(
     chosen = present_device(device)
     report.commit()  # an unknown commit should show before the measuring, not after
     peers = {"all": ["litserve", "plain"], "nothing": []}.get(beside, [beside])
-    setup = Setup(model, str(chosen), max_batch)
+    setup = Setup(model, str(chosen), max_batch, proposals)
     deadline_s = None if deadline_ms is None else deadline_ms / 1000
     figures = run(setup, deadline_s, seconds, peers, images, on_case=lambda case: typer.echo(case, err=True))
     report.write(out, figures.rows, chosen)
-    draw(out.with_suffix(".png"), figures, f"{Path(model).stem} on {report.device_name(chosen)}")
+    what = Path(model).stem if proposals is None else f"{Path(model).stem}, {proposals} proposals"
+    draw(out.with_suffix(".png"), figures, f"{what} on {report.device_name(chosen)}")
     _show(figures.rows)
 
 

@@ -96,6 +96,7 @@ def test_rows_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: 
 
     @contextlib.contextmanager
     def started(what: str, setup: Setup, deadline_s: float) -> Iterator[Running]:
+        assert setup.proposals == 7
         yield Running(port_of(server), ready_s=2.0, process_id=0)
 
     monkeypatch.setattr(bench, "serving", started)
@@ -105,14 +106,16 @@ def test_rows_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: 
     monkeypatch.setattr(bench, "in_process", lambda setup, pictures, seconds: (50.0, 0.02))
     monkeypatch.setattr(bench, "make_pictures", lambda name, images: PICTURES)
     out = tmp_path / "service.json"
-    assert run(f"bench service --out {out} --device cpu --seconds 0.5 --beside litserve".split()) == 0
+    assert run(f"bench service --out {out} --device cpu --seconds 0.5 --beside litserve --proposals 7".split()) == 0
     document = json.loads(out.read_text())
     cases = [row["case"] for row in document["rows"]]
     for wanted in (
         "800x1333: dsg, throughput with 1 clients; baseline the model without a server",
         "dsg, from start to ready",
         "goodput within 0.2 s; baseline LitServe",
-        "p99 latency",
+        "p99 latency; baseline one picture",
+        "70 % of the model without a server, p99 latency; baseline 3 times the median of one client",
+        "dsg, 100 % of its best",
         "share shed",
         "batches of 1; baseline all batches",
     ):
@@ -130,7 +133,7 @@ def test_all_servers_really_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     info = CheckpointInfo("tiny", "dsg_lite0_fpn", {}, (Category(1, "thing"),), Resize(64, 96), score_threshold=0.5)
     save_checkpoint(path, build("dsg_lite0_fpn", 1), info)
     out = tmp_path / "service.json"
-    assert run(f"bench service --out {out} --model {path} --device cpu --seconds 1".split()) == 0
+    assert run(f"bench service --out {out} --model {path} --device cpu --seconds 1 --proposals 20".split()) == 0
     rows = {row["case"]: row["value"] for row in json.loads(out.read_text())["rows"]}
     for what in ("dsg", "litserve", "plain"):
         assert rows[f"mixed sizes: {what}, throughput with 2 clients; baseline the model without a server"] > 0
