@@ -139,8 +139,8 @@ async def _measure(
     for (server, rate), measured in runs.items():
         rows += _open_rows(f"{name}: {server}, {rate:.1f} requests/s", measured, bare_latency_s, deadline_s)
         if server == "dsg":
-            load = f"{_of(rate, best)} of its best, {_of(rate, bare_rate)} of the model without a server"
-            case = f"{name}: dsg, {load}, p99 latency; baseline {_TIMES_ONE_CLIENT} times the median of one client"
+            shares = f"{_of(rate, best)} of its best, {_of(rate, bare_rate)} of the model without a server"
+            case = f"{name}: dsg, {shares}, p99 latency; baseline {_TIMES_ONE_CLIENT} times the median of one client"
             rows.append(_time_row(case, measured.percentile(0.99), _TIMES_ONE_CLIENT * one_client_s))
         other = runs.get(("litserve", rate))
         if server == "dsg" and other is not None:

@@ -80,12 +80,15 @@ def model(
     ] = "eager,compiled,torchscript,onnx,onnx-body,aoti",
     batch: Annotated[list[int] | None, typer.Option(help="Pictures in a batch; may be given again.", min=1)] = None,
     half: Annotated[bool, typer.Option("--half", help="Everything in float16.")] = False,
+    prove: Annotated[
+        bool, typer.Option("--prove/--no-proof", help="Leave out files that differ; not for networks untrained yet.")
+    ] = True,
     repeats: Annotated[int, typer.Option(help="Measurements of each case; the median counts.", min=1)] = 20,
     device: DeviceOption = None,
 ) -> None:
     """Pictures a second of one network: eager, compiled, and from each exported file, side by side.
 
-    The files are exported, and proven, first. onnx-body runs the ONNX file without the native kernels of the op.
+    The files are exported first, and proven. onnx-body runs the ONNX file without the native kernels of the op.
     """
     import torch
 
@@ -101,7 +104,7 @@ def model(
     report.commit()  # an unknown commit should show before the measuring, not after
     typer.echo(f"{report.device_name(chosen)}; torch {torch.__version__}", err=True)
     say = lambda line: typer.echo(line, err=True)  # noqa: E731
-    rows = run(name, chosen, [Way(one) for one in wanted], batch or [1, 8], repeats, half, say)
+    rows = run(name, chosen, [Way(one) for one in wanted], batch or [1, 8], repeats, half, prove, say)
     report.write(out, rows, chosen)
     for row in rows:
         typer.echo(f"{row.value:10.2f} {row.unit}  x{row.ratio:<6} {row.case}")
