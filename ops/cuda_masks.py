@@ -46,47 +46,33 @@ def encode_on_cuda(
         return [], []
     how = columns, threshold, on_grid
     masks = probs.contiguous(), boxes.contiguous(), sizes.contiguous()
-    counts = torch.ops.dsg.mask_change_counts(*masks, *how)  # int32 [N, W]
-    ends = counts.flatten().cumsum(0)  # int64 [N * W]
-    of_masks = ends[columns - 1 :: columns].tolist()  # the host waits here, ...
+    changes_of, pixels_of = torch.ops.dsg.mask_column_counts(*masks, *how)  # int32 [N, W] each
+    ends = changes_of.flatten().cumsum(0)  # int64 [N * W]
+    totals = torch.cat([ends[columns - 1 :: columns], pixels_of.sum(dim=1)]).tolist()  # the host waits here, ...
+    of_masks, areas = totals[: len(probs)], totals[len(probs) :]
     texts: list[str] = []
-    areas: list[int] = []
     for first, last in _parts(of_masks):
         part = tuple(tensor[first:last] for tensor in masks)
         before = of_masks[first - 1] if first else 0
         places = ends[first * columns : last * columns] - before  # [n * W]
         total = of_masks[last - 1] - before
         changes = torch.ops.dsg.mask_changes(*part, *how, places, total)  # int32 [total]
-        own_texts, own_areas = _written(changes, places[columns - 1 :: columns].contiguous(), part[2])
-        texts += own_texts
-        areas += own_areas
+        texts += _texts(changes, places[columns - 1 :: columns].contiguous(), part[2])
     return texts, areas
 
 
-def _written(
+def _texts(
     changes: Tensor,  # int32 [total]
     ends: Tensor,  # int64 [n]
     sizes: Tensor,  # int64 [n, 2]
-) -> tuple[list[str], list[int]]:
+) -> list[str]:
     lengths = torch.ops.dsg.rle_lengths(changes, ends, sizes)  # int32 [total + n]
     text_ends = lengths.cumsum(0)  # int64 [total + n]
     numbers = torch.arange(len(ends), device=ends.device)
-    both = torch.cat([text_ends[ends + numbers], _areas(changes, ends, sizes)]).tolist()  # ... here, ...
-    cuts, areas = both[: len(ends)], both[len(ends) :]
+    cuts = text_ends[ends + numbers].tolist()  # ... here, ...
     text = torch.ops.dsg.rle_text(changes, ends, sizes, text_ends, cuts[-1])  # uint8 [characters]
     whole = text.cpu().numpy().tobytes().decode("ascii")  # ... and here
-    return [whole[begin:end] for begin, end in pairwise([0, *cuts])], areas
-
-
-def _areas(changes: Tensor, ends: Tensor, sizes: Tensor) -> Tensor:  # int64 [n]
-    """A mask's changes are where runs of set pixels begin and end, in turn; the last run may go to the last pixel."""
-    signed = torch.nn.functional.pad(changes, (1, 0))  # int32 [total + 1]
-    signed[1::2].neg_()
-    # Where these sums overflow, their differences are still right: an area is below 2^31.
-    sums = signed.cumsum(0, dtype=torch.int32)
-    begins = torch.nn.functional.pad(ends, (1, -1))  # [n]
-    within = (sums[ends] - sums[begins]).long() * (1 - 2 * (begins % 2))  # ends less beginnings
-    return within + (ends - begins) % 2 * sizes.prod(dim=1)
+    return [whole[begin:end] for begin, end in pairwise([0, *cuts])]
 
 
 def _parts(ends: list[int]) -> list[tuple[int, int]]:

@@ -22,12 +22,14 @@ PROGRAM = """
 #include <vector>
 #include "mask_columns.cuh"
 template <typename mask_t>
-int run(const float* probs, int cells, const float* box, int64_t height, int64_t width, float threshold, char* text) {
+int run(
+    const float* probs, int cells, const float* box, int64_t height, int64_t width, float threshold, char* text,
+    int64_t* pixels) {
   const mask_t mask(probs, cells, box, height, width);
   std::vector<int32_t> changes;
   for (int64_t column = mask.window.left; column < mask.window.right && !mask.window.empty(); ++column) {
-    dsg::walk_column(mask, column, height, threshold,
-                     [&](int64_t place) { changes.push_back(static_cast<int32_t>(place)); });
+    *pixels += dsg::walk_column(mask, column, height, threshold,
+                                [&](int64_t place) { changes.push_back(static_cast<int32_t>(place)); });
   }
   const dsg::RunCounts runs{changes.data(), static_cast<int64_t>(changes.size()), height * width};
   int length = 0;
@@ -38,9 +40,9 @@ int run(const float* probs, int cells, const float* box, int64_t height, int64_t
 }
 extern "C" int encode(
     const float* probs, int cells, const float* box, int64_t height, int64_t width, float threshold, bool on_grid,
-    char* text) {
-  return on_grid ? run<dsg::GridMask>(probs, cells, box, height, width, threshold, text)
-                 : run<dsg::BoxMask>(probs, cells, box, height, width, threshold, text);
+    char* text, int64_t* pixels) {
+  return on_grid ? run<dsg::GridMask>(probs, cells, box, height, width, threshold, text, pixels)
+                 : run<dsg::BoxMask>(probs, cells, box, height, width, threshold, text, pixels);
 }
 """
 
@@ -56,8 +58,10 @@ def encode(tmp_path_factory):
     subprocess.run([COMPILER, *options, "columns.cpp", "-o", "columns.so"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "columns.so"))
 
-    def run(probs: torch.Tensor, box: torch.Tensor, size: tuple[int, int], threshold: float, on_grid: bool) -> str:
-        text = ctypes.create_string_buffer(1 << 20)
+    def run(
+        probs: torch.Tensor, box: torch.Tensor, size: tuple[int, int], threshold: float, on_grid: bool
+    ) -> tuple[str, int]:
+        text, pixels = ctypes.create_string_buffer(1 << 20), ctypes.c_int64()
         values, corners = probs.contiguous().numpy(), box.contiguous().numpy()
         pointer = ctypes.c_void_p
         length = library.encode(
@@ -68,8 +72,9 @@ def encode(tmp_path_factory):
             ctypes.c_float(threshold),
             ctypes.c_bool(on_grid),
             text,
+            ctypes.byref(pixels),
         )
-        return text.raw[:length].decode("ascii")
+        return text.raw[:length].decode("ascii"), pixels.value
 
     return run
 
@@ -116,15 +121,17 @@ def made_up(seed, cells, size, levels, reach):
 def test_changes_of_columns_make_the_counts_of_the_pasted_mask(encode, seed, cells, size, levels, threshold, reach):
     probs, box = made_up(seed, cells, size, levels, reach)
     expected = coco_mask.encode(np.asfortranarray(pasted(probs, box, size, threshold)))
-    assert encode(probs, box, size, threshold, False) == expected["counts"].decode("ascii")
+    found = encode(probs, box, size, threshold, False)
+    assert found == (expected["counts"].decode("ascii"), coco_mask.area(expected))
 
 
 @settings(deadline=None, max_examples=200)
 @CASES
 def test_masks_on_a_grid_are_those_of_torch_but_for_ties(encode, seed, cells, size, levels, threshold, reach):
     probs, box = made_up(seed, cells, size, levels, reach)
-    rle = {"size": list(size), "counts": encode(probs, box, size, threshold, True)}
-    found = coco_mask.decode({**rle, "counts": rle["counts"].encode()}).astype(bool)
+    counts, pixels = encode(probs, box, size, threshold, True)
+    found = coco_mask.decode({"size": list(size), "counts": counts.encode()}).astype(bool)
+    assert pixels == found.sum()
     # What rounding may tip either way: between a mask of a slightly higher threshold and one of a slightly lower.
     least, most = (
         paste_masks(probs[None], box[None], size, threshold * (1 + slack), paste="grid")[0].numpy()

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from dsg.ops import cuda_masks
 from dsg.ops import masks as masks_module
 from dsg.ops.masks import encode_masks, paste_masks
 from dsg.ops.rle import decode_rle
@@ -244,16 +243,6 @@ def test_several_pictures_at_once_are_each_alone(device):
         masks = paste_masks(probs, boxes, size)
         assert texts == [rle["counts"] for rle in oracle(masks)]
         assert areas == masks.sum(dim=(1, 2)).tolist()
-
-
-@given(st.lists(st.lists(st.integers(0, 35), unique=True).map(sorted), min_size=1))
-def test_areas_from_where_runs_change(changes):
-    # Pixels 0 to 35 of pictures of 4 x 9: before the first change none is set, from there on all to the next, ...
-    expected = [sum(sum(change <= pixel for change in own) % 2 for pixel in range(36)) for own in changes]
-    flat = torch.tensor([change for own in changes for change in own], dtype=torch.int32)
-    ends = torch.tensor([len(own) for own in changes]).cumsum(0)
-    sizes = torch.tensor([[4, 9]] * len(changes))
-    assert cuda_masks._areas(flat, ends, sizes).tolist() == expected
 
 
 @pytest.mark.gpu

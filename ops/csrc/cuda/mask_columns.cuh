@@ -184,13 +184,14 @@ struct GridMask {
 };
 
 // Calls `visit` with each place, counted down the picture's columns, where the mask's pixels change, in rising order.
-// The column lies in the mask's window.
+// Returns how many pixels of the column are set. The column lies in the mask's window.
 template <typename mask_t, typename visit_t>
-DSG_DEVICE void walk_column(
+DSG_DEVICE int32_t walk_column(
     const mask_t& mask, int64_t number, int64_t height, float threshold, const visit_t& visit) {
   const MaskWindow& window = mask.window;
   const bool touch = window.columns_touch(height);
   bool before = false;
+  int32_t pixels = 0;
   if (touch && number > window.left) {
     auto last = mask.column(number - 1);
     before = last.value(height - 1) >= threshold;
@@ -202,10 +203,12 @@ DSG_DEVICE void walk_column(
       visit(number * height + row);
       before = set;
     }
+    pixels += set;
   }
   if (before && !(touch && number + 1 < window.right)) {
     visit(number * height + window.bottom);
   }
+  return pixels;
 }
 
 // The counts of one mask, made from its changes.

@@ -25,24 +25,26 @@ struct Masks {
   float threshold;
 };
 
-// Calls `visit` with each change in the column that `item` stands for.
+// Calls `visit` with each change in the column that `item` stands for; returns its set pixels.
 template <typename mask_t, typename visit_t>
-__device__ __forceinline__ void walk_item(const Masks& masks, int64_t item, const visit_t& visit) {
+__device__ __forceinline__ int32_t walk_item(const Masks& masks, int64_t item, const visit_t& visit) {
   const int64_t number = item / masks.columns, column = item % masks.columns;
   const int64_t height = masks.sizes[number * 2], width = masks.sizes[number * 2 + 1];
   const float* probs = masks.probs + number * masks.cells * masks.cells;
   const mask_t mask(probs, masks.cells, masks.boxes + number * 4, height, width);
   if (!mask.window.empty() && column >= mask.window.left && column < mask.window.right) {
-    walk_column(mask, column, height, masks.threshold, visit);
+    return walk_column(mask, column, height, masks.threshold, visit);
   }
+  return 0;
 }
 
 template <typename mask_t>
 __global__ void __launch_bounds__(kThreads) count_kernel(const Masks masks, int32_t* __restrict__ counts) {
-  for (int64_t item = blockIdx.x * int64_t{kThreads} + threadIdx.x; item < masks.count * masks.columns;
+  const int64_t items = masks.count * masks.columns;
+  for (int64_t item = blockIdx.x * int64_t{kThreads} + threadIdx.x; item < items;
        item += gridDim.x * int64_t{kThreads}) {
     int32_t found = 0;
-    walk_item<mask_t>(masks, item, [&](int64_t) { ++found; });
+    counts[items + item] = walk_item<mask_t>(masks, item, [&](int64_t) { ++found; });
     counts[item] = found;
   }
 }
@@ -135,17 +137,17 @@ Masks make_masks(const Tensor& probs, const Tensor& boxes, const Tensor& sizes, 
       static_cast<float>(threshold)};
 }
 
-// int32 [N, columns]: how often each column changes.
-Tensor mask_change_counts(
+// int32 [2, N, columns]: how often each column changes, and how many of its pixels are set.
+Tensor mask_column_counts(
     const Tensor& probs, const Tensor& boxes, const Tensor& sizes, int64_t columns, double threshold, bool on_grid) {
   const Masks masks = make_masks(probs, boxes, sizes, columns, threshold);
   const DeviceGuard guard(probs.get_device_index());
-  const Tensor counts = torch::stable::new_empty(probs, {masks.count, columns}, ScalarType::Int);
+  const Tensor counts = torch::stable::new_empty(probs, {2, masks.count, columns}, ScalarType::Int);
   if (counts.numel() > 0) {
     const auto kernel = on_grid ? count_kernel<GridMask> : count_kernel<BoxMask>;
-    kernel<<<blocks_for(counts.numel()), kThreads, 0, current_stream(probs)>>>(
+    kernel<<<blocks_for(masks.count * columns), kThreads, 0, current_stream(probs)>>>(
         masks, static_cast<int32_t*>(counts.mutable_data_ptr()));
-    check_launch("the count of a mask's changes");
+    check_launch("the counts of a mask's columns");
   }
   return counts;
 }
@@ -213,7 +215,7 @@ Tensor rle_text(
 // Defined here and nowhere else: what runs without CUDA has masks of its own, see `ops/masks.py`.
 STABLE_TORCH_LIBRARY_FRAGMENT(dsg, library) {
   library.def(
-      "mask_change_counts(Tensor probs, Tensor boxes, Tensor sizes, int columns, float threshold, bool on_grid) "
+      "mask_column_counts(Tensor probs, Tensor boxes, Tensor sizes, int columns, float threshold, bool on_grid) "
       "-> Tensor");
   library.def(
       "mask_changes(Tensor probs, Tensor boxes, Tensor sizes, int columns, float threshold, bool on_grid, Tensor ends, "
@@ -223,7 +225,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsg, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsg, CUDA, library) {
-  library.impl("mask_change_counts", TORCH_BOX(&mask_change_counts));
+  library.impl("mask_column_counts", TORCH_BOX(&mask_column_counts));
   library.impl("mask_changes", TORCH_BOX(&mask_changes));
   library.impl("rle_lengths", TORCH_BOX(&rle_lengths));
   library.impl("rle_text", TORCH_BOX(&rle_text));
