@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from dsg.service.devices import DeviceLost, LocalDevice, OutOfMemory, Ran, Running
-from dsg.service.shared_pixels import open_shared
+from dsg.service.shared_pixels import Layout, OpenSegments
 
 if TYPE_CHECKING:
     from dsg.model.network.detections import Detections
@@ -73,7 +73,7 @@ class Worker:
         self._connection = connection
         self._pictures = pictures
         self._device = device
-        self._is_cuda = device.name.startswith("cuda")
+        self._segments = OpenSegments(device.name)
         self._sending = threading.Lock()
         self._asked: queue.SimpleQueue[Asked | Callable[[], None]] = queue.SimpleQueue()
         self._running: deque[tuple[int, Running]] = deque()
@@ -114,10 +114,7 @@ class Worker:
         self._asked.put(asked)
 
     def read(self) -> None:
-        """Take messages, and end this process when the other side ends.
-
-        While a batch runs, the pixels of the next are brought to where the device copies fast.
-        """
+        """Take messages, and end this process when the other side ends."""
         try:
             while True:
                 number, kind, *given = pickle.loads(self._connection.recv_bytes())
@@ -127,7 +124,9 @@ class Worker:
                 elif kind == "forget":
                     self._asked.put(partial(self._device.forget, *given))
                 else:
-                    model, pictures, threshold = given
+                    model, pictures, threshold, new, gone = given
+                    self._segments.forget(gone)
+                    self._map(new)
                     self.ask(Asked(number, model, self._with_pixels(pictures), threshold))
         except (EOFError, OSError):
             os._exit(0)  # the server is gone, and a batch that still runs has no reader
@@ -135,21 +134,19 @@ class Worker:
             traceback.print_exc()
             os._exit(1)  # the server notices, and starts another
 
-    def _with_pixels(self, pictures: list[tuple[Any, Any]]) -> list[Any]:
+    def _map(self, numbers: list[int]) -> None:
+        """Map segments whose descriptors are on their way."""
         files: list[int] = []
-        while len(files) < len(pictures):
+        while len(files) < len(numbers):
             _, more, _, _ = socket.recv_fds(self._pictures, 1, MOST_FILES)
             if not more:
                 raise EOFError
             files += more
-        prepared = []
-        for file, (picture, layout) in zip(files, pictures, strict=True):
-            pixels = open_shared(file, layout)
-            if self._is_cuda and layout.is_tensor:
-                with contextlib.suppress(RuntimeError):  # a lost device says so when the batch runs
-                    pixels = pixels.pin_memory()
-            prepared.append(replace(picture, pixels=pixels))
-        return prepared
+        for number, file in zip(numbers, files, strict=True):
+            self._segments.add(number, file)
+
+    def _with_pixels(self, pictures: list[tuple[Any, int, Layout]]) -> list[Any]:
+        return [replace(one, pixels=self._segments.pixels(number, layout)) for one, number, layout in pictures]
 
     def _load(self, number: int, model: int, source: str) -> None:
         with self._failures_told(number):

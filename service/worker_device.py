@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -15,7 +16,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from dsg.service.devices import DeviceLost, LoadPredictor, OutOfMemory, Ran, WorkerDied
-from dsg.service.shared_pixels import share
+from dsg.service.shared_pixels import Segment, SharedPixels, share
 from dsg.service.worker import MOST_FILES, ran_of
 
 if TYPE_CHECKING:
@@ -64,14 +65,26 @@ class WorkerDevice:
         when_done: Callable[[], None] = lambda: None,
     ) -> Callable[[], Ran]:
         no_pixels: Any = None  # they travel on their own
-        shared: list[Any] = [one.pixels for one in pictures]
+        shared: list[Any] = [one.pixels for one in pictures]  # `share` has put `SharedPixels` there
         described = [
-            (replace(one, pixels=no_pixels), pixels.layout) for one, pixels in zip(pictures, shared, strict=True)
+            (replace(one, pixels=no_pixels), pixels.segment.number, pixels.layout)
+            for one, pixels in zip(pictures, shared, strict=True)
         ]
-        files = [pixels.file for pixels in shared]
-        future = self._call("detect", model, described, score_threshold, files=files)
+        new, gone = self._segments_to_tell(shared)
+        numbers = [segment.number for segment in new]
+        future = self._call("detect", model, described, score_threshold, numbers, gone, new=new, read=shared)
         future.add_done_callback(lambda _: when_done())
         return lambda: ran_of(future.result())
+
+    def _segments_to_tell(self, pictures: Sequence[SharedPixels]) -> tuple[list[Segment], list[int]]:
+        """Segments that the worker has not seen yet, and the numbers of those that it need keep no longer."""
+        gone = [number for number, segment in self._told.items() if segment() is None]
+        for number in gone:
+            del self._told[number]
+        segments = {one.segment.number: one.segment for one in pictures}
+        new = [segment for number, segment in segments.items() if number not in self._told]
+        self._told.update((segment.number, weakref.ref(segment)) for segment in new)
+        return new, gone
 
     def share(self, picture: "PreparedImage") -> "PreparedImage":
         return share(picture)
@@ -112,7 +125,8 @@ class WorkerDevice:
         self._messages, self._pictures = messages, pictures
         self._connection = Connection(os.dup(messages.fileno()))
         self._numbers = itertools.count()
-        self._asked: dict[int, Future[Any]] = {}
+        self._told: dict[int, weakref.ref[Segment]] = {}  # segments by number
+        self._asked: dict[int, tuple[Future[Any], Sequence[SharedPixels]]] = {}
         self._sending = threading.Lock()
         self._ended = False
         self._reader = threading.Thread(target=self._read, name=f"dsg-worker {self.name}", daemon=True)
@@ -121,15 +135,28 @@ class WorkerDevice:
             self._connection.send_bytes(pickle.dumps(sys.path))
             self._connection.send_bytes(pickle.dumps((self.name, self._load, self._threads)))
 
-    def _call(self, kind: str, *given: Any, files: Sequence[int] = (), answered: bool = True) -> Future[Any]:
-        """Send a message; the future has its answer, or `WorkerDied`."""
+    def _call(
+        self,
+        kind: str,
+        *given: Any,
+        new: Sequence[Segment] = (),
+        read: Sequence[SharedPixels] = (),
+        answered: bool = True,
+    ) -> Future[Any]:
+        """Send a message; the future has its answer, or `WorkerDied`.
+
+        Args:
+            new: segments whose descriptors go with it.
+            read: pixels that nothing else may be written over before it is answered.
+        """
         future: Future[Any] = Future()
         with self._sending:
             number = next(self._numbers)
             if answered:
-                self._asked[number] = future
+                self._asked[number] = future, read
             try:
                 self._connection.send_bytes(pickle.dumps((number, kind, *given), pickle.HIGHEST_PROTOCOL))
+                files = [segment.file for segment in new]
                 for first in range(0, len(files), MOST_FILES):
                     socket.send_fds(self._pictures, [b"x"], files[first : first + MOST_FILES])
             except OSError:
@@ -144,7 +171,7 @@ class WorkerDevice:
         try:
             while True:
                 number, kind, answer = pickle.loads(connection.recv_bytes())
-                future = self._asked.pop(number)
+                future = self._asked.pop(number)[0]
                 if kind == "done":
                     future.set_result(answer)
                 else:
@@ -160,5 +187,5 @@ class WorkerDevice:
         with self._sending:
             asked, self._asked = self._asked, {}
         status = self._process.poll()
-        for future in asked.values():
+        for future, _ in asked.values():
             future.set_exception(WorkerDied(f"the worker of {self.name} ended with status {status}"))

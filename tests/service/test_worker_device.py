@@ -29,11 +29,12 @@ from service_fakes import (
 )
 
 from dsg.model.network.predictor import Begun, PreparedImage
+from dsg.service import shared_pixels
 from dsg.service.batching import Batcher
 from dsg.service.devices import DeviceLost, LocalDevice, OutOfMemory, Ran, Running, WorkerDied
 from dsg.service.metrics import Metrics
 from dsg.service.models import ServedModel
-from dsg.service.shared_pixels import SharedPixels, open_shared
+from dsg.service.shared_pixels import OpenSegments, SharedPixels
 from dsg.service.worker import Asked, Worker
 from dsg.service.worker_device import WorkerDevice
 
@@ -209,17 +210,75 @@ ROWS_COLUMNS_COLOURS = np.arange(30, dtype=np.uint8).reshape(2, 5, 3)
     ],
 )
 def test_pixels_are_shared_as_they_are(pixels: torch.Tensor | np.ndarray) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    one = SharedPixels(pixels)
-    again = open_shared(os.dup(one.file), one.layout)
+    one, there = SharedPixels(pixels), OpenSegments("cpu")
+    there.add(one.segment.number, os.dup(one.segment.file))
+    again = there.pixels(one.segment.number, one.layout)
     assert type(again) is type(pixels) and again.shape == pixels.shape and (again == pixels).all()
     if pixels.shape == (3, 2, 5):
         assert np.asarray(again).strides == np.asarray(pixels).strides  # not turned round
-    del one
-    assert len(os.listdir("/proc/self/fd")) <= before + 1  # the mapping's own
-    assert (again == pixels).all()  # it holds the memory
-    del again
-    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def no_free_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_pixels, "_free", {})
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.usefixtures("no_free_segments")
+def test_a_segment_serves_one_picture_after_the_other() -> None:
+    first, second = SharedPixels(np.zeros((3, 9, 9), "f4")), SharedPixels(np.ones((3, 9, 9), "f4"))
+    numbers = first.segment.number, second.segment.number
+    assert numbers[0] != numbers[1]
+    there = OpenSegments("cpu")
+    for one in (first, second):
+        there.add(one.segment.number, os.dup(one.segment.file))
+    mapped, before = there.pixels(numbers[0], first.layout), descriptors()
+    del first
+    third = SharedPixels(np.full((2, 5), 7, "u1"))
+    assert third.segment.number == numbers[0] and descriptors() == before
+    assert (there.pixels(numbers[0], third.layout) == 7).all()
+    assert (there.pixels(numbers[1], second.layout) == 1).all()
+    there.forget([numbers[0]])
+    del mapped
+    assert descriptors() == before - 1  # the mapping's own
+    with pytest.raises(KeyError):
+        there.pixels(numbers[0], third.layout)
+
+
+@pytest.mark.usefixtures("no_free_segments")
+def test_free_segments_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_pixels, "_KEPT_BYTES", 2 << 20)
+    before = descriptors()
+    pictures = [SharedPixels(np.zeros((1 << 20) - number, "u1")) for number in range(5)]
+    large = SharedPixels(np.zeros(3 << 20, "u1"))
+    assert {one.segment.size for one in pictures} == {1 << 20} and large.segment.size == 4 << 20
+    assert descriptors() == before + 6
+    del pictures, large
+    assert descriptors() == before + 3  # two of a megabyte, and one of a size of which even one is too much
+
+
+@pytest.mark.usefixtures("no_free_segments")
+def test_a_worker_maps_a_segment_once_and_lets_go_of_it_when_it_is_gone(device: WorkerDevice) -> None:
+    def mapped() -> int:
+        return Path(f"/proc/{device.process_id}/maps").read_text().count("memfd:dsg-pictures")
+
+    def lefts(*pictures: PreparedImage) -> list[float]:
+        return [float(one.boxes[0, 0]) for one in device.begin(0, pictures, 0.0)().detections]
+
+    device.restart()  # it has mapped what other tests sent it
+    three = shared(device, *(prepared(left=left) for left in (5, 25, 45)))
+    assert lefts(*three) == [5, 25, 45] and mapped() == 3
+    assert lefts(three[2], three[0]) == [45, 5] and mapped() == 3  # as when halves of a batch run again
+    del three
+    again = shared(device, *(prepared(left=left) for left in (35, 15)))
+    assert lefts(*again) == [35, 15] and mapped() == 3
+    shared_pixels._free.clear()
+    assert lefts(*again) == [35, 15] and mapped() == 2
+    device.restart()
+    assert lefts(*again) == [35, 15] and mapped() == 2
 
 
 def test_a_blue_picture_is_blue(device: WorkerDevice) -> None:
