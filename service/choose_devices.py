@@ -3,7 +3,8 @@
 import os
 import sys
 
-from dsg.service.devices import Device, LoadPredictor, LocalDevice
+from dsg.service.devices import Device, LoadPredictor
+from dsg.service.local_device import LocalDevice
 from dsg.service.settings import Settings
 from dsg.service.worker_device import WorkerDevice
 

@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsg.service.devices import Device, LoadPredictor, are_processes
+from dsg.service.devices import Device, LoadPredictor
+from dsg.service.local_device import are_processes
 from dsg.service.metrics import Metrics
 from dsg.service.problems import Problem
 from dsg.service.settings import Settings

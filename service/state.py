@@ -12,7 +12,8 @@ import structlog
 from dsg.service.admission import Admission
 from dsg.service.batching import Batcher, DeviceLost, OutOfMemory, WorkerDied
 from dsg.service.choose_devices import choose_devices
-from dsg.service.devices import Device, LoadPredictor, are_processes
+from dsg.service.devices import Device, LoadPredictor
+from dsg.service.local_device import are_processes
 from dsg.service.metrics import Metrics
 from dsg.service.models import Models, ServedModel
 from dsg.service.peers import Peers, merged

@@ -21,7 +21,8 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from dsg.service.devices import DeviceLost, LocalDevice, OutOfMemory, Ran, Running
+from dsg.service.devices import DeviceLost, OutOfMemory, Ran
+from dsg.service.local_device import LocalDevice, Running
 from dsg.service.shared_pixels import Layout, OpenSegments
 
 if TYPE_CHECKING:

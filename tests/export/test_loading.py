@@ -54,7 +54,7 @@ def test_a_gpu_without_torch_has_no_figures_of_its_memory(monkeypatch):
     """An ONNX file may be served on a GPU where torch is not installed: nobody asks torch about it."""
     from types import SimpleNamespace
 
-    from dsg.service.devices import memory_of
+    from dsg.service.local_device import memory_of
 
     monkeypatch.setitem(sys.modules, "torch", None)
     assert memory_of(SimpleNamespace(device="cuda")) == {}

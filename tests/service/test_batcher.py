@@ -13,7 +13,7 @@ from service_fakes import POISON, FakePredictor
 
 from dsg.model.network.predictor import PreparedImage
 from dsg.service.batching import Batcher, DeadlinePassed, DeviceLost, DeviceStopped, OutOfMemory
-from dsg.service.devices import LocalDevice
+from dsg.service.local_device import LocalDevice
 from dsg.service.metrics import Metrics
 from dsg.service.models import ServedModel
 

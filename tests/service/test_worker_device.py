@@ -31,7 +31,8 @@ from service_fakes import (
 from dsg.model.network.predictor import Begun, PreparedImage
 from dsg.service import shared_pixels
 from dsg.service.batching import Batcher
-from dsg.service.devices import DeviceLost, LocalDevice, OutOfMemory, Ran, Running, WorkerDied
+from dsg.service.devices import DeviceLost, OutOfMemory, Ran, WorkerDied
+from dsg.service.local_device import LocalDevice, Running
 from dsg.service.metrics import Metrics
 from dsg.service.models import ServedModel
 from dsg.service.shared_pixels import OpenSegments, SharedPixels
