@@ -16,6 +16,8 @@ from dsg.model.network.pixels import picture_array
 
 _SHADES = 5  # of a made-up picture's coarse pattern, each way
 _PICTURES_OF_USER = 20
+_MORE_SIZES = ((128, 160), (100, 150), (96, 96), (120, 128), (64, 160))
+_MORE_SEEDS = (3, 4)
 
 
 @dataclass(frozen=True)
@@ -27,21 +29,30 @@ class Case:
     sizes: NDArray[np.int64]  # [B, 2] (height, width)
 
 
-def made_up_cases() -> list[Case]:
+def made_up_cases(half: bool = False) -> list[Case]:
     """Batches of sizes that the graph was not recorded with, sides that are no multiples of 32, small pictures, and
-    empty ones, in which nothing can be found, alone and beside others."""
+    empty ones, in which nothing can be found, alone and beside others.
+
+    Args:
+        half: more of them. In half precision about one detection of a hundred is another one, in the model itself as in
+            its file, though not the same one in both: how many they lose can be compared where there are many.
+    """
     mixed = _pictures([(160, 224), (224, 96), (150, 220), (64, 64), (224, 224)], seed=0)
     images, sizes = stack_arrays(mixed)
     with_empty = sizes[:3].copy()
     with_empty[1] = 0
     (odd,) = _pictures([(203, 301)], seed=1)
     (small,) = _pictures([(40, 50)], seed=2)
+    more = [
+        Case("5 pictures more", *stack_arrays(_pictures(_MORE_SIZES, seed))) for seed in (_MORE_SEEDS if half else ())
+    ]
     return [
         Case("1 picture of 203 x 301", odd[None], np.array([[203, 301]])),
         Case("1 picture of 40 x 50", small[None], np.array([[40, 50]])),
         Case("5 pictures of several sizes", images, sizes),
         Case("3 pictures, one of them empty", images[:3], with_empty),
         Case("2 pictures without anything to find", np.zeros((2, 3, 96, 96), np.float32), np.zeros((2, 2), np.int64)),
+        *more,
     ]
 
 

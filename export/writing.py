@@ -98,7 +98,7 @@ def export(
             say(f"whoever loads it must have loaded these operators before: {', '.join(contract.ops)}")
         if prove:
             say(f"proving it in a fresh process, checksum {contract.checksum[:12]}")
-            _prove(written, contract, detector, target, made_up_cases() + cases_of_pictures(pictures, info), say)
+            _prove(written, contract, detector, target, made_up_cases(half) + cases_of_pictures(pictures, info), say)
         result = out / written.name
         written.replace(result)
     return result

@@ -84,6 +84,8 @@ def test_cases_are_of_other_sizes_than_the_recorded_one() -> None:
     assert {len(case.images) for case in cases} >= {1, 5}
     assert any(case.images.shape[2] % 32 for case in cases) and any((case.sizes == 0).all() for case in cases)
     assert all(0 <= case.images.min() and case.images.max() <= 1 for case in cases)
+    more = made_up_cases(half=True)[len(cases) :]
+    assert [len(case.images) for case in more] == [5, 5] and not np.array_equal(more[0].images, more[1].images)
 
 
 def test_pictures_of_the_user_go_alone_and_in_fives(tmp_path) -> None:
