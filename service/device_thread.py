@@ -8,15 +8,12 @@ from functools import partial
 import structlog
 
 from dsg.service.devices import Device, DeviceLost, OutOfMemory, Ran, WorkerDied
-from dsg.service.pace import BatchLimit
+from dsg.service.pace import BatchLimit, Foresight
 from dsg.service.shared_queue import Batch, DeadlinePassed, DeviceStopped, Queue, fail
 from dsg.service.waiting import Outcome, Ticket
 
 _log = structlog.get_logger("dsg.service")
 _MOST_DEATHS = 3  # of a worker, one after the other without a batch between them that ran
-# How long before the end of a batch the next one is sent ahead: what its pixels take to a GPU's process and memory, and
-# an answer takes back. Sent earlier it would be smaller than it need be; later, and the device would stand idle.
-_TRAVEL_S = 0.008
 
 
 class DeviceThread:
@@ -38,6 +35,8 @@ class DeviceThread:
         self._queue = queue
         self._own: deque[list[Ticket]] = deque()  # batches that this device alone runs, before any other
         self._running: deque[Batch] = deque()
+        self._freed = 0.0  # when the device was done with the last batch
+        self._foresight = Foresight()
         self._deaths = 0
         self._thread = threading.Thread(target=self._work, name=f"dsg-device {device.name}", daemon=True)
         self._say_limit()
@@ -69,7 +68,8 @@ class DeviceThread:
             while self.fault is None and self._begin_batches():
                 self._end_batch(self._running.popleft())
                 if self._running:
-                    self._running[0].started = time.monotonic()
+                    following = self._running[0]
+                    following.started = max(self._freed, following.began + self._foresight.travel_s)
         finally:
             self._go_down()
 
@@ -86,7 +86,7 @@ class DeviceThread:
                 pictures = [ticket.picture for ticket in live]
                 done = threading.Event()
                 end = self.device.begin(live[0].model.number, pictures, lowest, partial(self._say_done, done))
-                self._running.append(Batch(live, now, end, done, started=now))
+                self._running.append(Batch(live, now, end, done, started=now + self._foresight.travel_s))
         return True
 
     def _say_done(self, done: threading.Event) -> None:
@@ -141,8 +141,11 @@ class DeviceThread:
     @property
     def _seconds_until_due(self) -> float:
         running = self._running[0]
-        takes = self._queue.pace.seconds_for_pixels(running.pixels)
-        return running.started + takes - _TRAVEL_S - time.monotonic()
+        takes = self._foresight.seconds(running.pixels)
+        if takes is None:
+            takes = self._queue.pace.seconds_for_pixels(running.pixels)
+        # Sent earlier the next one would be smaller than it need be; later, and the device would stand idle.
+        return running.started + takes - self._foresight.travel_s - time.monotonic()
 
     def _claim(self, ticket: Ticket, now: float) -> bool:
         """Whether a picture is still wanted; from here on it can no longer be cancelled."""
@@ -156,6 +159,7 @@ class DeviceThread:
         return True
 
     def _end_batch(self, batch: Batch) -> None:
+        self._freed = 0.0
         try:
             ran = batch.end()
         except OutOfMemory as error:
@@ -172,6 +176,8 @@ class DeviceThread:
     def _answer(self, batch: Batch, ran: Ran) -> None:
         metrics, name, size = self._queue.metrics, self.device.name, len(batch.tickets)
         self._deaths = 0
+        self._freed = ran.freed
+        self._foresight.ran(batch.pixels, ran.freed - max(batch.started, ran.launched), ran.launched - batch.began)
         for kind, count in ran.memory.items():
             metrics.gpu_memory.labels(name, kind).set(count)
         if not batch.tickets[0].warm_up:

@@ -40,6 +40,10 @@ class Ran:
     memory: dict[str, int]
     """Bytes of the device's memory by kind (`allocated`, `reserved`, `free`, `total`); empty for a CPU, and where it
     was not asked."""
+    launched: float = 0.0
+    """When the device had it, on the clock of `time.monotonic`, which is one for all processes of a machine."""
+    freed: float = 0.0
+    """When the device was done with it, on that clock."""
 
 
 class Device(Protocol):

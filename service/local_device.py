@@ -91,11 +91,12 @@ class Running:
         self.began = time.monotonic()
         with _errors_named(predictor):
             self._begun = predictor.begin(pictures, score_threshold)
+        self._launched = time.monotonic()
 
     def is_done(self) -> bool:
         """Whether `end` would wait for nothing, or does all the work itself."""
         try:
-            return self._begun.is_done()
+            return self._begun.done is None or self._begun.done.query()
         except Exception:  # a GPU that fails says so to whoever asks; `end` tells what it means
             return True
 
@@ -103,11 +104,16 @@ class Running:
         """Wait for its end.
 
         Args:
-            since: on the clock of `time.monotonic`, when the device was done with what it ran before.
+            since: on the clock of `time.monotonic`, when what the device ran before was ended.
         """
         predictor = self._predictor
         with _errors_named(predictor), _before_batches(predictor):
+            if self._begun.done is not None:
+                self._begun.done.synchronize()
+            freed = time.monotonic()
             found = self._begun.finish()
+            if self._begun.done is None:
+                freed = time.monotonic()
             if len(found) != self._count:
                 raise RuntimeError(f"detect gave {len(found)} answers for {self._count} pictures")
             if _is_cuda(predictor):
@@ -115,7 +121,8 @@ class Running:
                 found = [replace(one, mask_probs=one.mask_probs[:, :0, :0]) for one in with_counts(found)]
             found = on_cpu(found)  # so that threads that write answers never wait for the device's next batch
             seconds = time.monotonic() - max(since, self.began)
-            return Ran(found, seconds, memory_of(predictor) if with_memory else {})
+            memory = memory_of(predictor) if with_memory else {}
+            return Ran(found, seconds, memory, self._launched, freed)
 
 
 @contextmanager

@@ -1,9 +1,16 @@
 """What is measured while batches run: how quick the devices are, and how much fits on one."""
 
+import statistics
+from collections import OrderedDict, deque
+
 _MEMORY = 0.8  # weight of the past in the running means
 _PATIENCE = 16  # batches that must pass before a limit that was lowered is raised again ...
 _LONGEST_PATIENCE = 1024  # ... and the most that it becomes where raising it fails again and again
 _GROWTH = 1.25
+_RECENT = 5  # batches of a size that are remembered
+_MOST_SIZES = 256
+_FIRST_TRAVEL_S = 0.005
+_MARGIN_S = 0.001
 
 
 class Pace:
@@ -28,6 +35,38 @@ class Pace:
     def seconds_for_pixels(self, count: float) -> float:
         """What one device takes for so many padded pixels; 0 before the first batch."""
         return count * self._seconds_per_pixel
+
+
+class Foresight:
+    """When a device will be done with what it runs, and how long before that the next batch has to be sent.
+
+    For one device, of one thread.
+    """
+
+    def __init__(self) -> None:
+        self._recent: OrderedDict[int, deque[float]] = OrderedDict()
+        self._travel_s = _FIRST_TRAVEL_S
+
+    def ran(self, pixels: int, seconds: float, travel_s: float) -> None:
+        """A batch of so many padded pixels occupied the device for `seconds`, which had it `travel_s` after it was
+        sent."""
+        self._recent.setdefault(pixels, deque(maxlen=_RECENT)).append(seconds)
+        self._recent.move_to_end(pixels)
+        if len(self._recent) > _MOST_SIZES:
+            self._recent.popitem(last=False)
+        self._travel_s = _mean(self._travel_s, travel_s)
+
+    def seconds(self, pixels: int) -> float | None:
+        """What a batch of so many padded pixels occupies the device for; None before the first one.
+
+        Of the last few the middle one: the first batch of a shape takes many times as long as those after it.
+        """
+        return statistics.median(self._recent[pixels]) if pixels in self._recent else None
+
+    @property
+    def travel_s(self) -> float:
+        """From the sending of a batch to when the device has it, with a margin."""
+        return self._travel_s + _MARGIN_S
 
 
 def _mean(past: float, now: float) -> float:

@@ -49,7 +49,7 @@ class Batch:
     end: Callable[[], Ran]
     done: threading.Event
     started: float
-    """When the device had nothing else left to run."""
+    """When the device had nothing else left to run, as far as can be told."""
 
     @property
     def pixels(self) -> int:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _FAILURES = {OutOfMemory: "memory", DeviceLost: "lost", ValueError: "value", OSError: "value", TypeError: "value"}
 _MOST_RUNNING = 2
 _LOOK_S = 0.0003  # how often it looks whether a batch is done, while it waits for the next
+_TOLD = tuple(one.name for one in fields(Ran) if one.name != "detections")
 MOST_FILES = 250  # the kernel sends no more descriptors in one message
 
 
@@ -107,7 +108,7 @@ class Worker:
     def _end(self, number: int, running: Running) -> None:
         with self._failures_told(number):
             ran = running.end(self._ended, self._device.is_memory_due())
-            self._tell(number, "done", ([pack(one) for one in ran.detections], ran.seconds, ran.memory))
+            self._tell(number, "done", ([pack(one) for one in ran.detections], *(getattr(ran, name) for name in _TOLD)))
         self._ended = time.monotonic()
 
     def ask(self, asked: Asked) -> None:
@@ -178,10 +179,10 @@ def pack(detections: "Detections") -> tuple[type, dict[str, Any]]:
     return type(detections), {name: v.numpy() if hasattr(v, "numpy") else v for name, v in values.items()}
 
 
-def ran_of(answer: tuple[list[Any], float, dict[str, int]]) -> Ran:
+def ran_of(answer: tuple[list[Any], Any]) -> Ran:
     """A worker's answer to a batch; its detections hold arrays, which are quicker to write answers from."""
-    packed, seconds, memory = answer
-    return Ran([kind(**values) for kind, values in packed], seconds, memory)
+    packed, *told = answer
+    return Ran([kind(**values) for kind, values in packed], *told)
 
 
 if __name__ == "__main__":

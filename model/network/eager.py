@@ -106,7 +106,7 @@ class EagerRuntime(Runtime):
             replayed = self._replay.infer(model, batch, sizes)
             # The next batch overwrites them.
             found = None if replayed is None else PaddedDetections(*(tensor.clone() for tensor in replayed))
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(blocking=True)  # other threads have the CPU while one waits
             done.record(stream)
 
         @torch.inference_mode()
@@ -123,7 +123,7 @@ class EagerRuntime(Runtime):
                     results = without_padding(found, sizes, score_threshold)
             return [to_original(one, item) for one, item in zip(results, prepared, strict=True)]
 
-        return Begun(finish, done.query)
+        return Begun(finish, None if found is None else done)
 
     def _images(self, prepared: Sequence[PreparedImage]) -> list[Tensor]:
         parameter = next(self.model.parameters())

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from dsg.model.network.detections import Detections, lowest_of
 from dsg.model.network.info import CheckpointInfo, Resize
@@ -46,14 +46,24 @@ class PreparedImage:
         return height, width
 
 
+class Event(Protocol):
+    """Something that a device comes to; torch's events are such."""
+
+    def query(self) -> bool:
+        """Whether it has. Raises what the device has failed with."""
+
+    def synchronize(self) -> None:
+        """Wait until it has. Raises what the device has failed with."""
+
+
 @dataclass(frozen=True)
 class Begun:
     """A batch on its way."""
 
     finish: "Callable[[], list[Detections]]"
     """Waits for its end, and gives what `Predictor.detect` gives. Raises what the network raises. Call it once."""
-    is_done: Callable[[], bool] = lambda: True
-    """Whether `finish` would wait for nothing, or does all the work itself."""
+    done: Event | None = None
+    """When the device is free for another one; None where `finish` does all the work itself."""
 
 
 class Runtime(ABC):

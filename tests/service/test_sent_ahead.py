@@ -1,6 +1,7 @@
 """What is sent to a device that is a process of its own while it still runs a batch."""
 
 import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
@@ -13,6 +14,7 @@ from dsg.service.batching import Batcher, DeviceStopped
 from dsg.service.devices import Ran, WorkerDied
 from dsg.service.metrics import Metrics
 from dsg.service.models import ServedModel
+from dsg.service.pace import Foresight
 
 MOST = 4
 
@@ -38,10 +40,15 @@ class Remote:
     def restart(self) -> None:
         self.restarts += 1
 
-    def next(self) -> tuple[int, Callable[[], None]]:
-        """How many pictures the next batch has, and what ends it."""
+    def next(self) -> tuple[int, Callable[..., None]]:
+        """How many pictures the next batch has, and what ends it, after so many seconds on the device."""
         count, future = self.begun.get(timeout=WAIT)
-        return count, lambda: future.set_result(Ran([None] * count, 0.0, {}))
+
+        def end(seconds: float = 0.0) -> None:
+            now = time.monotonic()
+            future.set_result(Ran([None] * count, seconds, {}, launched=now, freed=now + seconds))
+
+        return count, end
 
 
 class Rig:
@@ -94,6 +101,35 @@ def test_while_a_batch_has_long_to_run_what_comes_collects(rig: Rig) -> None:
     count, end_second = rig.device.next()
     assert count == 3
     end_second()
+
+
+@pytest.mark.parametrize("rig", [1e-9], indirect=True)
+def test_a_size_that_took_long_before_is_expected_to_take_long_again(rig: Rig) -> None:
+    rig.submit()
+    rig.device.next()[1](seconds=1e6)
+    rig.submit()
+    _, end_second = rig.device.next()
+    rig.submit()
+    with pytest.raises(queue.Empty):
+        rig.device.begun.get(timeout=0.05)
+    end_second()
+    assert rig.device.next()[0] == 1
+
+
+def test_foresight_goes_by_the_middle_of_the_last_five_and_by_what_sending_took() -> None:
+    foresight = Foresight()
+    assert foresight.seconds(100) is None
+    for seconds in (9.0, 1.0, 2.0):
+        foresight.ran(100, seconds, travel_s=0.02)
+    assert foresight.seconds(100) == 2 and foresight.seconds(200) is None
+    for seconds in (2.5, 2.6, 2.7):
+        foresight.ran(100, seconds, travel_s=0.02)
+    assert foresight.seconds(100) == 2.5  # of 1, 2, 2.5, 2.6, 2.7
+    assert 0.015 < foresight.travel_s < 0.021
+    for pixels in range(1000, 2000):
+        foresight.ran(pixels, 1.0, travel_s=0.02)
+    assert foresight.seconds(100) is None and foresight.seconds(1999) == 1
+    assert foresight.travel_s == pytest.approx(0.021)
 
 
 @pytest.mark.parametrize("rig", [1e6], indirect=True)

@@ -6,6 +6,7 @@ import queue
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -98,7 +99,7 @@ class Slow:
 
         def end(since: float, with_memory: bool) -> Ran:
             assert done.wait(WAIT)
-            return Ran([], float(model), {})
+            return Ran([], float(model), {}, launched=2.0, freed=3.0)
 
         self.launched.put((model, done))
         return SimpleNamespace(is_done=done.is_set, end=end)
@@ -122,7 +123,7 @@ def test_a_worker_has_the_next_batch_wait_behind_the_one_that_runs() -> None:
         second_done.set()  # which changes nothing: answers keep their order
         first_done.set()
         for number in range(2):
-            assert pickle.loads(connection.recv_bytes()) == (number, "done", ([], float(number), {}))
+            assert pickle.loads(connection.recv_bytes()) == (number, "done", ([], float(number), {}, 2.0, 3.0))
         third, third_done = slow.launched.get(timeout=WAIT)
         third_done.set()
         assert third == 2 and pickle.loads(connection.recv_bytes())[:2] == (2, "done")
@@ -132,11 +133,31 @@ def test_an_error_that_shows_while_a_batch_runs_is_told_at_its_end() -> None:
     def broken(*_: object) -> bool:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    predictor = SimpleNamespace(begin=lambda pictures, threshold: Begun(broken, broken), device="cpu")
+    event = SimpleNamespace(query=broken, synchronize=broken)
+    predictor = SimpleNamespace(begin=lambda pictures, threshold: Begun(list, event), device="cpu")
     running = Running(predictor, [], 0.0)  # type: ignore[arg-type]
     assert running.is_done()
     with pytest.raises(DeviceLost, match="illegal memory access"):
         running.end()
+
+
+def test_a_device_is_free_before_what_it_found_is_looked_at() -> None:
+    at: dict[str, float] = {}
+
+    def say(name: str) -> list:
+        at[name] = time.monotonic()
+        return []
+
+    event = SimpleNamespace(query=lambda: "freed" in at, synchronize=lambda: say("freed"))
+    for own in (event, None):
+        at.clear()
+        begun = Begun(lambda: say("found"), own)
+        begin = lambda pictures, threshold, begun=begun: say("begun") or begun  # noqa: E731
+        running = Running(SimpleNamespace(begin=begin, device="cpu"), [], 0.0)  # type: ignore[arg-type]
+        assert running.is_done() == (own is None)
+        ran = running.end()
+        assert at["begun"] <= ran.launched <= ran.freed
+        assert at["freed"] <= ran.freed <= at["found"] if own is not None else at["found"] <= ran.freed
 
 
 @pytest.mark.parametrize(
