@@ -209,15 +209,17 @@ def with_counts(found: Sequence[Detections]) -> list[Detections]:
 
 
 def on_cpu(found: Sequence[Detections]) -> list[Detections]:
-    """The same detections of several pictures of one network, each kind of tensor brought from its device at once."""
+    """The same detections of several pictures of one network, all brought from its device in one wait for it."""
     first = next(iter(found), None)
     if first is None or isinstance(first.boxes, np.ndarray) or first.boxes.device.type == "cpu":
         return list(found)
     import torch
 
     numbers = [len(one) for one in found]
-    moved = {name: torch.cat([getattr(one, name) for one in found]).cpu().split(numbers) for name in _TENSORS}
-    return [replace(one, **{name: parts[index] for name, parts in moved.items()}) for index, one in enumerate(found)]
+    moved = {name: torch.cat([getattr(one, name) for one in found]).to("cpu", non_blocking=True) for name in _TENSORS}
+    torch.cuda.current_stream(first.boxes.device).synchronize()
+    parts = {name: tensor.split(numbers) for name, tensor in moved.items()}
+    return [replace(one, **{name: part[index] for name, part in parts.items()}) for index, one in enumerate(found)]
 
 
 def _is_floating(values: Any) -> bool:
