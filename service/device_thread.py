@@ -2,13 +2,13 @@
 
 import threading
 import time
-from collections import deque
 from functools import partial
 
 import structlog
 
 from dsg.service.devices import Device, DeviceLost, OutOfMemory, Ran, WorkerDied
-from dsg.service.pace import BatchLimit, Foresight
+from dsg.service.lane import Lane
+from dsg.service.pace import BatchLimit
 from dsg.service.shared_queue import Batch, DeadlinePassed, DeviceStopped, Queue, fail
 from dsg.service.waiting import Outcome, Ticket
 
@@ -33,10 +33,7 @@ class DeviceThread:
         """Whether it takes batches now."""
         self._limit = limit
         self._queue = queue
-        self._own: deque[list[Ticket]] = deque()  # batches that this device alone runs, before any other
-        self._running: deque[Batch] = deque()
-        self._freed = 0.0  # when the device was done with the last batch
-        self._foresight = Foresight()
+        self._lane = Lane(queue, limit)
         self._deaths = 0
         self._thread = threading.Thread(target=self._work, name=f"dsg-device {device.name}", daemon=True)
         self._say_limit()
@@ -60,25 +57,22 @@ class DeviceThread:
     def run_own(self, tickets: list[Ticket]) -> None:
         """Have a batch run on this device and no other, before what waits."""
         with self._queue.changed:
-            self._own.append(tickets)
+            self._lane.own.append(tickets)
             self._queue.changed.notify_all()
 
     def _work(self) -> None:
         try:
             while self.fault is None and self._begin_batches():
-                self._end_batch(self._running.popleft())
-                if self._running:
-                    following = self._running[0]
-                    following.started = max(self._freed, following.began + self._foresight.travel_s)
+                self._end_batch(self._lane.running.popleft())
         finally:
             self._go_down()
 
     def _begin_batches(self) -> bool:
         """Begin as many batches as the device takes, at least one; False when the queue is closed."""
-        while len(self._running) < self.device.ahead:
+        while len(self._lane.running) < self.device.ahead:
             tickets = self._next_batch()
             if tickets is None:
-                return bool(self._running)
+                return bool(self._lane.running)
             now = time.monotonic()
             live = [ticket for ticket in tickets if self._claim(ticket, now)]
             if live:
@@ -86,7 +80,7 @@ class DeviceThread:
                 pictures = [ticket.picture for ticket in live]
                 done = threading.Event()
                 end = self.device.begin(live[0].model.number, pictures, lowest, partial(self._say_done, done))
-                self._running.append(Batch(live, now, end, done, started=now + self._foresight.travel_s))
+                self._lane.began(Batch(live, now, end, done))
         return True
 
     def _say_done(self, done: threading.Event) -> None:
@@ -96,56 +90,24 @@ class DeviceThread:
 
     def _next_batch(self) -> list[Ticket] | None:
         """Wait until there is something to begin; None where there is none before the end of what runs."""
-        queue = self._queue
+        queue, lane = self._queue, self._lane
         with queue.changed:
-            if self._running:
-                while not (queue.closed or self._has_own or self._is_next_due):
-                    if self._running[0].done.is_set():
+            if lane.running:
+                while not (queue.closed or lane.has_own or lane.is_next_due):
+                    if lane.running[0].done.is_set():
                         return None
-                    queue.changed.wait(self._seconds_until_due if self._has_next else None)
+                    queue.changed.wait(lane.seconds_until_due if lane.has_next else None)
             else:
                 queue.idle += 1
-                queue.changed.wait_for(lambda: queue.closed or self._own or queue.waiting)
+                queue.changed.wait_for(lambda: queue.closed or lane.own or queue.waiting)
                 queue.idle -= 1
             if queue.closed:
                 return None
-            if self._has_own:
-                return self._own.popleft()
+            if lane.has_own:
+                return lane.own.popleft()
             tickets = queue.waiting.take(self._limit, time.monotonic(), queue.pace.seconds_for_pixels(1))
             queue.count()
             return tickets
-
-    @property
-    def _has_own(self) -> bool:
-        """Whether a batch for this device alone can begin now."""
-        return bool(self._own) and not (self._running and self._must_end_first)
-
-    @property
-    def _has_next(self) -> bool:
-        """Whether something waits that can join what runs, and no other device for it."""
-        waiting = self._queue.waiting
-        return bool(waiting) and not waiting.alone and not self._queue.idle and not self._must_end_first
-
-    @property
-    def _must_end_first(self) -> bool:
-        """Whether what runs, or what is next, is a picture that may end its process and must not take others along."""
-        return self._running[0].tickets[0].alone or bool(self._own and self._own[0][0].alone)
-
-    @property
-    def _is_next_due(self) -> bool:
-        """Whether the next batch is to be sent ahead: it is full, or what runs has ended or is about to."""
-        waiting = self._queue.waiting
-        is_full = waiting.pixels >= self._limit.pixels or len(waiting) >= self._limit.pictures
-        return self._has_next and (is_full or self._running[0].done.is_set() or self._seconds_until_due <= 0)
-
-    @property
-    def _seconds_until_due(self) -> float:
-        running = self._running[0]
-        takes = self._foresight.seconds(running.pixels)
-        if takes is None:
-            takes = self._queue.pace.seconds_for_pixels(running.pixels)
-        # Sent earlier the next one would be smaller than it need be; later, and the device would stand idle.
-        return running.started + takes - self._foresight.travel_s - time.monotonic()
 
     def _claim(self, ticket: Ticket, now: float) -> bool:
         """Whether a picture is still wanted; from here on it can no longer be cancelled."""
@@ -159,7 +121,6 @@ class DeviceThread:
         return True
 
     def _end_batch(self, batch: Batch) -> None:
-        self._freed = 0.0
         try:
             ran = batch.end()
         except OutOfMemory as error:
@@ -176,8 +137,7 @@ class DeviceThread:
     def _answer(self, batch: Batch, ran: Ran) -> None:
         metrics, name, size = self._queue.metrics, self.device.name, len(batch.tickets)
         self._deaths = 0
-        self._freed = ran.freed
-        self._foresight.ran(batch.pixels, ran.freed - max(batch.started, ran.launched), ran.launched - batch.began)
+        self._lane.ended(batch, ran)
         for kind, count in ran.memory.items():
             metrics.gpu_memory.labels(name, kind).set(count)
         if not batch.tickets[0].warm_up:
@@ -212,14 +172,14 @@ class DeviceThread:
             self._halve(batch)
         elif ticket.failures == 0:
             ticket.failures, ticket.alone = 1, True  # what runs beside takes memory too
-            self._own.appendleft([ticket])
+            self._lane.own.appendleft([ticket])
         else:
             _log.error("out of memory for one picture", pixels=ticket.pixels, error=str(error)[:500])
             ticket.future.set_exception(error)
 
     def _halve(self, batch: Batch) -> None:
         middle = len(batch.tickets) // 2
-        self._own.extendleft((batch.tickets[middle:], batch.tickets[:middle]))
+        self._lane.own.extendleft((batch.tickets[middle:], batch.tickets[:middle]))
 
     def _lost(self, batch: Batch, error: DeviceLost) -> None:
         self.fault = "a device has failed and stays so until this process is restarted"
@@ -234,7 +194,7 @@ class DeviceThread:
         """
         self._deaths += 1
         self._queue.metrics.worker_deaths.labels(self.device.name).inc()
-        suspects = [ticket for one in (batch, *self._running) for ticket in one.tickets]
+        suspects = [ticket for one in (batch, *self._lane.running) for ticket in one.tickets]
         _log.error("worker died", device=self.device.name, pictures=len(suspects), error=str(error))
         again: list[Ticket] = []
         for ticket in suspects:
@@ -243,9 +203,9 @@ class DeviceThread:
                 again.append(ticket)
             else:
                 ticket.future.set_exception(error)
-        self._running.clear()
-        again.extend(ticket for tickets in self._own for ticket in tickets)
-        self._own.clear()
+        self._lane.running.clear()
+        again.extend(ticket for tickets in self._lane.own for ticket in tickets)
+        self._lane.own.clear()
         warm_ups = [ticket for ticket in again if ticket.warm_up]
         with self._queue.changed:
             for ticket in again:
@@ -253,7 +213,7 @@ class DeviceThread:
                     self._queue.waiting.add(ticket)  # other devices may take them meanwhile
             self._queue.count()
             self._queue.changed.notify_all()
-        self._own.extend([ticket] for ticket in warm_ups)
+        self._lane.own.extend([ticket] for ticket in warm_ups)
         self._restart()
 
     def _restart(self) -> None:
@@ -273,11 +233,11 @@ class DeviceThread:
         """Fail what this device alone would have run, and what waits if it was the last."""
         self._say_up(False)
         error: Exception = DeviceStopped() if self.fault is None else DeviceLost(self.fault)
-        tickets = [ticket for batch in self._running for ticket in batch.tickets]
+        tickets = [ticket for batch in self._lane.running for ticket in batch.tickets]
         queue = self._queue
         with queue.changed:
-            tickets += [ticket for batch in self._own for ticket in batch]
-            self._own.clear()
+            tickets += [ticket for batch in self._lane.own for ticket in batch]
+            self._lane.own.clear()
             queue.threads -= 1
             if queue.threads == 0 and not queue.closed:
                 tickets += queue.waiting.take_all()

@@ -48,8 +48,8 @@ class Batch:
     began: float
     end: Callable[[], Ran]
     done: threading.Event
-    started: float
-    """When the device had nothing else left to run, as far as can be told."""
+    started: float = 0.0
+    """When the device had it and nothing else left to run, as far as can be told."""
 
     @property
     def pixels(self) -> int:

@@ -88,6 +88,14 @@ class WaitingPictures:
         """Padded pixels of all that wait."""
         return self._pixels
 
+    def has_full(self, limit: BatchLimit) -> bool:
+        """Whether there is a batch that could not be larger."""
+        for bucket in self._buckets.values():
+            oldest = next(iter(bucket.values()))
+            if oldest.alone or len(bucket) >= limit.size(limit.most(oldest.pixels)):
+                return True
+        return False
+
     def add(self, ticket: Ticket) -> None:
         """Put a picture behind those of its bucket."""
         self._buckets.setdefault(ticket.bucket, {})[id(ticket)] = ticket

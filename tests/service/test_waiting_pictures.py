@@ -56,6 +56,25 @@ def test_pixels_bound_a_batch_and_a_single_one_always_goes() -> None:
     assert (len(waiting), waiting.pixels) == (2, 2 * 64 * 32)
 
 
+def test_a_batch_is_full_when_no_picture_more_would_go_with_it() -> None:
+    waiting = WaitingPictures(ageing_s=1.0)
+    few_sizes = BatchLimit(pictures=12, pixels=7 * 64 * 32, few_sizes=True)
+    assert not waiting.has_full(few_sizes)
+    for number in range(6):
+        # By pictures 12 of the small ones, by pixels 7 of the large ones, of which 4 go at once.
+        assert waiting.has_full(few_sizes) == (number >= 4)
+        waiting.add(ticket(64, number))
+        waiting.add(ticket(32, number))
+    assert not waiting.has_full(BatchLimit(pictures=12, pixels=7 * 64 * 32))
+    waiting.add(ticket(64, 6.0))
+    assert waiting.has_full(BatchLimit(pictures=12, pixels=7 * 64 * 32))
+    assert waiting.has_full(BatchLimit(pictures=6, pixels=10**9))
+    suspect = ticket(96, 7.0)
+    suspect.alone = True
+    waiting.add(suspect)
+    assert waiting.has_full(BatchLimit(pictures=99, pixels=10**9))
+
+
 @pytest.mark.parametrize(
     ("deadlines", "sizes"),
     [
