@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("ops", "model", "export", "service", "cli", "bench")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-# Only for programs that read a checkout; `bench/results` holds figures, not code.
-NOT_SHIPPED = ("bench/results/",)
+# For programs and people that read a checkout: figures, and notes that go with them.
+NOT_SHIPPED = ("bench/results/", "bench/NOTES.md")
 
 
 def pyproject() -> dict:
