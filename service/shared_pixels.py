@@ -12,6 +12,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +148,8 @@ class OpenSegments:
         import torch
 
         memory = self._memory[number]
-        with torch.cuda.device(self._device):
+        # A GPU that is lost says so when the batch runs.
+        with suppress(RuntimeError), torch.cuda.device(self._device):
             portable = 1  # for all GPUs
             if int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, portable)) == 0:
                 self._registered.add(number)

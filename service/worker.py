@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -179,7 +179,7 @@ def pack(detections: "Detections") -> tuple[type, dict[str, Any]]:
     return type(detections), {name: v.numpy() if hasattr(v, "numpy") else v for name, v in values.items()}
 
 
-def ran_of(answer: tuple[list[Any], Any]) -> Ran:
+def ran_of(answer: Sequence[Any]) -> Ran:
     """A worker's answer to a batch; its detections hold arrays, which are quicker to write answers from."""
     packed, *told = answer
     return Ran([kind(**values) for kind, values in packed], *told)

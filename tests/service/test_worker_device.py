@@ -1,5 +1,6 @@
 """A device in a process of its own: gives what one of this process gives, breaks alone, and can be started again."""
 
+import contextlib
 import os
 import pickle
 import queue
@@ -268,6 +269,20 @@ def test_a_segment_serves_one_picture_after_the_other() -> None:
     assert descriptors() == before - 1  # the mapping's own
     with pytest.raises(KeyError):
         there.pixels(numbers[0], third.layout)
+
+
+def test_a_gpu_that_does_not_register_a_segment_gets_its_pixels_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    refused = SimpleNamespace(cudaHostRegister=lambda address, size, flags: 2)
+    for device, cudart in ((lost, refused), (lambda name: contextlib.nullcontext(), lambda: refused)):
+        monkeypatch.setattr(torch.cuda, "device", device)
+        monkeypatch.setattr(torch.cuda, "cudart", cudart)
+        one, there = SharedPixels(np.full((3, 4, 5), 7, "u1")), OpenSegments("cuda:0")
+        there.add(one.segment.number, os.dup(one.segment.file))
+        assert (there.pixels(one.segment.number, one.layout) == 7).all()
+        there.forget([one.segment.number])  # nothing is registered that would have to be given back
 
 
 @pytest.mark.usefixtures("no_free_segments")
