@@ -46,18 +46,21 @@ def encode_on_cuda(
         return [], []
     how = columns, threshold, on_grid
     masks = probs.contiguous(), boxes.contiguous(), sizes.contiguous()
-    changes_of, pixels_of = torch.ops.dsg.mask_column_counts(*masks, *how)  # int32 [N, W] each
-    ends = changes_of.flatten().cumsum(0)  # int64 [N * W]
-    totals = torch.cat([ends[columns - 1 :: columns], pixels_of.sum(dim=1)]).tolist()  # the host waits here, ...
-    of_masks, areas = totals[: len(probs)], totals[len(probs) :]
+    changes_of, pixels_of = torch.ops.dsg.mask_column_counts(*masks, *how)  # int64 [N, W] each
+    ends = changes_of.flatten().cumsum(0)  # [N * W]
+    totals = torch.cat([ends[columns - 1 :: columns], pixels_of.sum(dim=1)])  # [2 * N]
+    numbers = totals.tolist()  # the host waits here, ...
+    of_masks, areas = numbers[: len(probs)], numbers[len(probs) :]
     texts: list[str] = []
     for first, last in _parts(of_masks):
         part = tuple(tensor[first:last] for tensor in masks)
+        places, own_ends = ends[first * columns : last * columns], totals[first:last]  # [n * W], [n]
         before = of_masks[first - 1] if first else 0
-        places = ends[first * columns : last * columns] - before  # [n * W]
+        if before:
+            places, own_ends = places - before, own_ends - before
         total = of_masks[last - 1] - before
         changes = torch.ops.dsg.mask_changes(*part, *how, places, total)  # int32 [total]
-        texts += _texts(changes, places[columns - 1 :: columns].contiguous(), part[2])
+        texts += _texts(changes, own_ends, part[2])
     return texts, areas
 
 
@@ -66,10 +69,9 @@ def _texts(
     ends: Tensor,  # int64 [n]
     sizes: Tensor,  # int64 [n, 2]
 ) -> list[str]:
-    lengths = torch.ops.dsg.rle_lengths(changes, ends, sizes)  # int32 [total + n]
-    text_ends = lengths.cumsum(0)  # int64 [total + n]
-    numbers = torch.arange(len(ends), device=ends.device)
-    cuts = text_ends[ends + numbers].tolist()  # ... here, ...
+    lengths = torch.ops.dsg.rle_lengths(changes, ends, sizes)  # int64 [total + n]
+    text_ends = lengths.cumsum(0)  # [total + n]
+    cuts = torch.ops.dsg.rle_cuts(text_ends, ends, len(changes)).tolist()  # ... here, ...
     text = torch.ops.dsg.rle_text(changes, ends, sizes, text_ends, cuts[-1])  # uint8 [characters]
     whole = text.cpu().numpy().tobytes().decode("ascii")  # ... and here
     return [whole[begin:end] for begin, end in pairwise([0, *cuts])]

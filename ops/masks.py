@@ -96,11 +96,12 @@ def encode_mask_batches(
     if paste not in ("box", "grid") or not all(can_encode(*one) for one in batches):
         return [_encode_picture(*one, threshold, paste) for one in batches]
     numbers = [len(probs) for probs, _, _ in batches]
-    sizes = torch.tensor([size for _, _, size in batches]).repeat_interleave(torch.tensor(numbers), dim=0)  # [N, 2]
+    of_masks = [size for number, (_, _, size) in zip(numbers, batches, strict=True) for _ in range(number)]
+    sizes = torch.tensor(of_masks, dtype=torch.int64).reshape(-1, 2)  # [N, 2]
     texts, areas = encode_on_cuda(
-        torch.cat([probs for probs, _, _ in batches]),
-        torch.cat([boxes.float() for _, boxes, _ in batches]),
-        sizes.to(batches[0][0].device),
+        _joined([probs for probs, _, _ in batches]),
+        _joined([boxes.float() for _, boxes, _ in batches]),
+        sizes.pin_memory().to(batches[0][0].device, non_blocking=True),
         max(width for _, _, (_, width) in batches),
         threshold,
         paste == "grid",
@@ -108,6 +109,10 @@ def encode_mask_batches(
     ends = list(accumulate(numbers))
     parts = [slice(end - number, end) for number, end in zip(numbers, ends, strict=True)]
     return [(texts[part], areas[part]) for part in parts]
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _encode_picture(

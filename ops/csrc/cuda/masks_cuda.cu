@@ -39,11 +39,11 @@ __device__ __forceinline__ int32_t walk_item(const Masks& masks, int64_t item, c
 }
 
 template <typename mask_t>
-__global__ void __launch_bounds__(kThreads) count_kernel(const Masks masks, int32_t* __restrict__ counts) {
+__global__ void __launch_bounds__(kThreads) count_kernel(const Masks masks, int64_t* __restrict__ counts) {
   const int64_t items = masks.count * masks.columns;
   for (int64_t item = blockIdx.x * int64_t{kThreads} + threadIdx.x; item < items;
        item += gridDim.x * int64_t{kThreads}) {
-    int32_t found = 0;
+    int64_t found = 0;
     counts[items + item] = walk_item<mask_t>(masks, item, [&](int64_t) { ++found; });
     counts[item] = found;
   }
@@ -89,10 +89,10 @@ struct Slots {
 };
 
 __global__ void __launch_bounds__(kThreads) length_kernel(
-    const Slots slots, int64_t total, int32_t* __restrict__ lengths) {
+    const Slots slots, int64_t total, int64_t* __restrict__ lengths) {
   for (int64_t slot = blockIdx.x * int64_t{kThreads} + threadIdx.x; slot < total; slot += gridDim.x * int64_t{kThreads}) {
     int64_t number;
-    int32_t length = 0;
+    int64_t length = 0;
     if (slots.number_of(slot, number)) {
       write_number(number, [&](unsigned char) { ++length; });
     }
@@ -108,6 +108,14 @@ __global__ void __launch_bounds__(kThreads) text_kernel(
       unsigned char* target = text + (slot == 0 ? 0 : ends[slot - 1]);
       write_number(number, [&](unsigned char character) { *target++ = character; });
     }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) cut_kernel(
+    const int64_t* __restrict__ text_ends, const int64_t* __restrict__ ends, int64_t count, int64_t* __restrict__ cuts) {
+  for (int64_t number = blockIdx.x * int64_t{kThreads} + threadIdx.x; number < count;
+       number += gridDim.x * int64_t{kThreads}) {
+    cuts[number] = text_ends[ends[number] + number];
   }
 }
 
@@ -137,16 +145,16 @@ Masks make_masks(const Tensor& probs, const Tensor& boxes, const Tensor& sizes, 
       static_cast<float>(threshold)};
 }
 
-// int32 [2, N, columns]: how often each column changes, and how many of its pixels are set.
+// int64 [2, N, columns]: how often each column changes, and how many of its pixels are set.
 Tensor mask_column_counts(
     const Tensor& probs, const Tensor& boxes, const Tensor& sizes, int64_t columns, double threshold, bool on_grid) {
   const Masks masks = make_masks(probs, boxes, sizes, columns, threshold);
   const DeviceGuard guard(probs.get_device_index());
-  const Tensor counts = torch::stable::new_empty(probs, {2, masks.count, columns}, ScalarType::Int);
+  const Tensor counts = torch::stable::new_empty(probs, {2, masks.count, columns}, ScalarType::Long);
   if (counts.numel() > 0) {
     const auto kernel = on_grid ? count_kernel<GridMask> : count_kernel<BoxMask>;
     kernel<<<blocks_for(masks.count * columns), kThreads, 0, current_stream(probs)>>>(
-        masks, static_cast<int32_t*>(counts.mutable_data_ptr()));
+        masks, static_cast<int64_t*>(counts.mutable_data_ptr()));
     check_launch("the counts of a mask's columns");
   }
   return counts;
@@ -180,25 +188,45 @@ Slots make_slots(const Tensor& changes, const Tensor& ends, const Tensor& sizes)
       static_cast<const int64_t*>(sizes.const_data_ptr()), ends.size(0)};
 }
 
-// int32 [total + N]: characters of each slot. ends int64 [N]: of each mask's changes.
+// int64 [total + N]: characters of each slot. ends int64 [N]: of each mask's changes.
 Tensor rle_lengths(const Tensor& changes, const Tensor& ends, const Tensor& sizes) {
   const Slots slots = make_slots(changes, ends, sizes);
   const DeviceGuard guard(changes.get_device_index());
-  const Tensor lengths = torch::stable::new_empty(changes, {changes.size(0) + slots.count}, ScalarType::Int);
+  const Tensor lengths = torch::stable::new_empty(changes, {changes.size(0) + slots.count}, ScalarType::Long);
   if (lengths.numel() > 0) {
     length_kernel<<<blocks_for(lengths.numel()), kThreads, 0, current_stream(changes)>>>(
-        slots, lengths.numel(), static_cast<int32_t*>(lengths.mutable_data_ptr()));
+        slots, lengths.numel(), static_cast<int64_t*>(lengths.mutable_data_ptr()));
     check_launch("the lengths of run lengths");
   }
   return lengths;
+}
+
+void check_text_ends(const Tensor& text_ends, int64_t slots, const Tensor& beside) {
+  check(text_ends, "text_ends", ScalarType::Long, 1, beside);
+  STD_TORCH_CHECK(text_ends.size(0) == slots, "dsg: text_ends must have an entry a slot");
+}
+
+// int64 [N]: where each mask's string ends. text_ends int64 [total + N]: running sums of the lengths; ends int64 [N]: of
+// each mask's changes.
+Tensor rle_cuts(const Tensor& text_ends, const Tensor& ends, int64_t total) {
+  check(ends, "ends", ScalarType::Long, 1, text_ends);
+  check_text_ends(text_ends, total + ends.size(0), text_ends);
+  const DeviceGuard guard(ends.get_device_index());
+  const Tensor cuts = torch::stable::new_empty(ends, {ends.size(0)}, ScalarType::Long);
+  if (cuts.numel() > 0) {
+    cut_kernel<<<blocks_for(cuts.numel()), kThreads, 0, current_stream(ends)>>>(
+        static_cast<const int64_t*>(text_ends.const_data_ptr()), static_cast<const int64_t*>(ends.const_data_ptr()),
+        cuts.numel(), static_cast<int64_t*>(cuts.mutable_data_ptr()));
+    check_launch("the ends of run lengths");
+  }
+  return cuts;
 }
 
 // uint8 [characters]: the strings one after another. text_ends int64 [total + N]: running sums of the lengths.
 Tensor rle_text(
     const Tensor& changes, const Tensor& ends, const Tensor& sizes, const Tensor& text_ends, int64_t characters) {
   const Slots slots = make_slots(changes, ends, sizes);
-  check(text_ends, "text_ends", ScalarType::Long, 1, changes);
-  STD_TORCH_CHECK(text_ends.size(0) == changes.size(0) + slots.count, "dsg: text_ends must have an entry a slot");
+  check_text_ends(text_ends, changes.size(0) + slots.count, changes);
   const DeviceGuard guard(changes.get_device_index());
   const Tensor text = torch::stable::new_empty(changes, {characters}, ScalarType::Byte);
   if (characters > 0) {
@@ -221,6 +249,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsg, library) {
       "mask_changes(Tensor probs, Tensor boxes, Tensor sizes, int columns, float threshold, bool on_grid, Tensor ends, "
       "int total) -> Tensor");
   library.def("rle_lengths(Tensor changes, Tensor ends, Tensor sizes) -> Tensor");
+  library.def("rle_cuts(Tensor text_ends, Tensor ends, int total) -> Tensor");
   library.def("rle_text(Tensor changes, Tensor ends, Tensor sizes, Tensor text_ends, int characters) -> Tensor");
 }
 
@@ -228,6 +257,7 @@ STABLE_TORCH_LIBRARY_IMPL(dsg, CUDA, library) {
   library.impl("mask_column_counts", TORCH_BOX(&mask_column_counts));
   library.impl("mask_changes", TORCH_BOX(&mask_changes));
   library.impl("rle_lengths", TORCH_BOX(&rle_lengths));
+  library.impl("rle_cuts", TORCH_BOX(&rle_cuts));
   library.impl("rle_text", TORCH_BOX(&rle_text));
 }
 
