@@ -15,13 +15,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from dsg.service.devices import DeviceLost, OutOfMemory, Ran
+from dsg.service.devices import DeviceLost, OutOfMemory
 from dsg.service.local_device import LocalDevice, Running
 from dsg.service.shared_pixels import Layout, OpenSegments
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 _FAILURES = {OutOfMemory: "memory", DeviceLost: "lost", ValueError: "value", OSError: "value", TypeError: "value"}
 _MOST_RUNNING = 2
 _LOOK_S = 0.0003  # how often it looks whether a batch is done, while it waits for the next
-_TOLD = tuple(one.name for one in fields(Ran) if one.name != "detections")
 MOST_FILES = 250  # the kernel sends no more descriptors in one message
 
 
@@ -108,7 +107,7 @@ class Worker:
     def _end(self, number: int, running: Running) -> None:
         with self._failures_told(number):
             ran = running.end(self._ended, self._device.is_memory_due())
-            self._tell(number, "done", ([pack(one) for one in ran.detections], *(getattr(ran, name) for name in _TOLD)))
+            self._tell(number, "done", replace(ran, detections=list(map(pack, ran.detections))))
         self._ended = time.monotonic()
 
     def ask(self, asked: Asked) -> None:
@@ -173,16 +172,11 @@ class Worker:
             self._connection.send_bytes(pickle.dumps((number, kind, answer), pickle.HIGHEST_PROTOCOL))
 
 
-def pack(detections: "Detections") -> tuple[type, dict[str, Any]]:
-    """Detections as plain arrays: torch's own way to pickle tensors is many times slower for small ones."""
-    values = {one.name: getattr(detections, one.name) for one in fields(detections)}
-    return type(detections), {name: v.numpy() if hasattr(v, "numpy") else v for name, v in values.items()}
-
-
-def ran_of(answer: Sequence[Any]) -> Ran:
-    """A worker's answer to a batch; its detections hold arrays, which are quicker to write answers from."""
-    packed, *told = answer
-    return Ran([kind(**values) for kind, values in packed], *told)
+def pack(detections: "Detections") -> "Detections":
+    """Detections of plain arrays: torch's own way to pickle tensors is many times slower for small ones, and answers
+    are quicker to write from arrays too."""
+    tensors = {one.name: getattr(detections, one.name) for one in fields(detections)}
+    return replace(detections, **{name: v.numpy() for name, v in tensors.items() if hasattr(v, "numpy")})
 
 
 if __name__ == "__main__":

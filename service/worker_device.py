@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsg.service.devices import DeviceLost, LoadPredictor, OutOfMemory, Ran, WorkerDied
 from dsg.service.shared_pixels import Segment, SharedPixels, share
-from dsg.service.worker import MOST_FILES, ran_of
+from dsg.service.worker import MOST_FILES
 
 if TYPE_CHECKING:
     from dsg.model.network.predictor import PreparedImage
@@ -74,7 +74,7 @@ class WorkerDevice:
         numbers = [segment.number for segment in new]
         future = self._call("detect", model, described, score_threshold, numbers, gone, new=new, read=shared)
         future.add_done_callback(lambda _: when_done())
-        return lambda: ran_of(future.result())
+        return future.result
 
     def _segments_to_tell(self, pictures: Sequence[SharedPixels]) -> tuple[list[Segment], list[int]]:
         """Segments that the worker has not seen yet, and the numbers of those that it need keep no longer."""

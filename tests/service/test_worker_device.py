@@ -124,7 +124,7 @@ def test_a_worker_has_the_next_batch_wait_behind_the_one_that_runs() -> None:
         second_done.set()  # which changes nothing: answers keep their order
         first_done.set()
         for number in range(2):
-            assert pickle.loads(connection.recv_bytes()) == (number, "done", ([], float(number), {}, 2.0, 3.0))
+            assert pickle.loads(connection.recv_bytes()) == (number, "done", Ran([], float(number), {}, 2.0, 3.0))
         third, third_done = slow.launched.get(timeout=WAIT)
         third_done.set()
         assert third == 2 and pickle.loads(connection.recv_bytes())[:2] == (2, "done")
