@@ -80,7 +80,7 @@ class DeviceThread:
                 pictures = [ticket.picture for ticket in live]
                 done = threading.Event()
                 end = self.device.begin(live[0].model.number, pictures, lowest, partial(self._say_done, done))
-                self._lane.began(Batch(live, now, end, done))
+                self._lane.running.append(Batch(live, now, end, done))
         return True
 
     def _say_done(self, done: threading.Event) -> None:

@@ -27,17 +27,10 @@ class Lane:
         self._foresight = Foresight()
         self._freed = 0.0  # when the device was done with the last batch
 
-    def began(self, batch: Batch) -> None:
-        """The device was given a batch."""
-        batch.started = batch.began + self._foresight.travel_s
-        self.running.append(batch)
-
     def ended(self, batch: Batch, ran: Ran) -> None:
         """The device has run a batch, which is no longer in `running`."""
         self._foresight.ran(batch.pixels, ran.freed - max(self._freed, ran.launched), ran.launched - batch.began)
         self._freed = ran.freed
-        if self.running:
-            self.running[0].started = max(self.running[0].started, ran.freed)
 
     @property
     def has_own(self) -> bool:
@@ -63,7 +56,9 @@ class Lane:
         takes = self._foresight.seconds(running.pixels)
         if takes is None:
             takes = self._queue.pace.seconds_for_pixels(running.pixels)
-        return running.started + takes - self._foresight.travel_s - time.monotonic()
+        travel_s = self._foresight.travel_s
+        started = max(running.began + travel_s, self._freed)  # when the device had it, and nothing else left to run
+        return started + takes - travel_s - time.monotonic()
 
     @property
     def _must_end_first(self) -> bool:

@@ -48,8 +48,6 @@ class Batch:
     began: float
     end: Callable[[], Ran]
     done: threading.Event
-    started: float = 0.0
-    """When the device had it and nothing else left to run, as far as can be told."""
 
     @property
     def pixels(self) -> int:
