@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -243,7 +244,7 @@ def test_pixels_are_shared_as_they_are(pixels: torch.Tensor | np.ndarray) -> Non
 
 @pytest.fixture
 def no_free_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_pixels, "_free", {})
+    monkeypatch.setattr(shared_pixels, "_free", deque())
 
 
 def descriptors() -> int:
@@ -287,14 +288,24 @@ def test_a_gpu_that_does_not_register_a_segment_gets_its_pixels_all_the_same(mon
 
 @pytest.mark.usefixtures("no_free_segments")
 def test_free_segments_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_pixels, "_KEPT_BYTES", 2 << 20)
+    megabyte = 1 << 20
+    monkeypatch.setattr(shared_pixels, "_KEPT_BYTES", 6 * megabyte)
     before = descriptors()
-    pictures = [SharedPixels(np.zeros((1 << 20) - number, "u1")) for number in range(5)]
-    large = SharedPixels(np.zeros(3 << 20, "u1"))
-    assert {one.segment.size for one in pictures} == {1 << 20} and large.segment.size == 4 << 20
-    assert descriptors() == before + 6
-    del pictures, large
-    assert descriptors() == before + 3  # two of a megabyte, and one of a size of which even one is too much
+    pictures = [SharedPixels(np.zeros(megabyte - number, "u1")) for number in range(8)]
+    large, too_large = (SharedPixels(np.zeros(size * megabyte, "u1")) for size in (3, 7))
+    assert {one.segment.size for one in pictures} == {megabyte} and large.segment.size == 4 * megabyte
+    assert descriptors() == before + 10
+    kept = [one.segment.number for one in pictures[-2:]]
+    while pictures:
+        del pictures[0]
+    assert descriptors() == before + 6 + 2
+    del large  # those that were not used for longest make room
+    assert descriptors() == before + 2 + 1 + 1
+    again = [SharedPixels(np.zeros(size * megabyte, "u1")) for size in (1, 3, 1)]
+    assert sorted(again[number].segment.number for number in (0, 2)) == kept
+    assert descriptors() == before + 3 + 1
+    del too_large
+    assert descriptors() == before + 3
 
 
 @pytest.mark.usefixtures("no_free_segments")
