@@ -4,10 +4,10 @@ Measured is the graph alone, on batches that already lie on the device: no decod
 their padded size.
 """
 
-import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsg.bench.report import Row, rate_row
-from dsg.bench.timing import milliseconds_of
+from dsg.bench.report import Row, measured_row
+from dsg.bench.timing import Measured, measure
 from dsg.export.container import read_contract
 from dsg.export.contract import ExportError, Format
 from dsg.export.onnx_runtime import OnnxNetwork
@@ -53,7 +53,7 @@ def run(
     prove: bool = True,
     on_case: Callable[[str], None] = lambda case: None,
 ) -> list[Row]:
-    """Pictures a second of each way at each batch size; the ratio is to eager at the same batch size.
+    """Pictures a second of each way at each batch size, with spread and memory; the ratio is to eager at the same one.
 
     Args:
         model: a name of `dsg models`, or a checkpoint; what is measured is exported from it first.
@@ -84,17 +84,17 @@ def run(
         for batch in batches:
             images = _photos(batch, size).to(device)
             sizes = torch.tensor([size] * batch, device=device)
-            rates: dict[Way, float] = {}
+            measured: dict[Way, Measured] = {}
             for way, one in runs.items():
                 case = f"{loaded.info.name}, {way}, batch {batch} of {size[0]}x{size[1]}"
                 on_case(case)
-                times = milliseconds_of(partial(one, images, sizes), device, repeats)
-                rates[way] = batch * 1000 / statistics.median(times)
+                done = measure(partial(one, images, sizes), device, repeats)
+                # What onnxruntime takes, torch does not count.
+                measured[way] = replace(done, peak_mib=None) if way in (Way.ONNX, Way.ONNX_BODY) else done
                 precision = "float16" if half else "float32"
                 precision += "" if prove else ", files not proven"
-                rows.append(
-                    rate_row(f"{case}, {precision}; baseline eager", "pictures/s", rates[way], rates[Way.EAGER])
-                )
+                case += f", {precision}; baseline eager"
+                rows.append(measured_row(case, measured[way], measured[Way.EAGER], images=batch))
     return rows
 
 

@@ -102,11 +102,6 @@ def measure(run: Run, device: torch.device, repeats: int) -> Measured:
     return Measured([_once(run, device) for _ in range(repeats)], peak)
 
 
-def milliseconds_of(run: Run, device: torch.device, repeats: int) -> Sequence[float]:
-    """Times of one function in milliseconds, after 3 runs that do not count."""
-    return measure(run, device, repeats).times
-
-
 def _warm_up(run: Run, device: torch.device) -> float | None:
     """Runs that do not count but for their memory: a graph that is replayed later takes none of its own."""
     memory = PeakMemory(device)

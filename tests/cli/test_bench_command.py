@@ -77,6 +77,7 @@ def test_a_file_that_differs_is_left_out_and_the_others_are_measured(
     assert ran.code == 0 and "left out: onnx: the onnx file differs" in ran.err
     (row,) = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert row["case"].split(", ")[1] == "eager"
+    assert row["spread"] == row["baseline_spread"] == pytest.approx([row["value"]] * 2, abs=0.01)
 
 
 @pytest.mark.slow
