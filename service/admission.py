@@ -1,6 +1,7 @@
 """How much the service holds at once: pictures, pixels and bytes that are accepted, and not answered yet."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,8 @@ from dsg.service.metrics import Metrics
 from dsg.service.problems import Problem
 
 _LONGEST_WAIT_S = 60
+_MEMORY = 15 / 16  # weight of the past in a running mean; the pictures of a batch leave all at once
+_CAUTION = 1.25  # about half of all stay longer than the mean
 
 
 class Hold:
@@ -34,6 +37,36 @@ class Hold:
             self._add(what, -self._held.pop(what, 0))
 
 
+class Flow:
+    """How long a request that came now would stay, by Little's law: as many gaps between two that leave as are in work.
+
+    Whatever holds requests up counts, decoding as much as devices. All calls come from the event loop.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._gap_s = 0.0
+        self._left = -math.inf  # when the last one did
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A request, in work as long as the block runs."""
+        came = time.monotonic()
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
+            now = time.monotonic()
+            if self._left > came:  # so that there was work all the while since
+                self._gap_s = _MEMORY * self._gap_s + (1 - _MEMORY) * (now - self._left)
+            self._left = now
+
+    def seconds_for_one_more(self) -> float:
+        """0 where nothing is in work: an idle service tries whatever it is asked."""
+        return _CAUTION * (self._count + 1) * self._gap_s if self._count else 0.0
+
+
 class Admission:
     """Bounds on what is in flight. All calls come from the event loop, so that counting needs no lock.
 
@@ -56,6 +89,8 @@ class Admission:
         seconds_of_queue: Callable[[], float],
         metrics: Metrics,
     ) -> None:
+        self.flow = Flow()
+        """Requests from when their body is there."""
         self._limits = {"pictures": pictures, "pixels": pixels, "bytes": max_bytes}
         self._held = dict.fromkeys(self._limits, 0)
         self._gauges = {
@@ -74,9 +109,9 @@ class Admission:
             seconds_left: until its deadline.
         """
         self._check("pictures", 1)
-        queue_s = self._seconds_of_queue()
-        if queue_s > seconds_left:
-            raise self._refuse("deadline", queue_s - seconds_left, "what waits already takes longer than allowed")
+        takes_s = max(self._seconds_of_queue(), self.flow.seconds_for_one_more())
+        if takes_s > seconds_left:
+            raise self._refuse("deadline", takes_s - seconds_left, "what waits already takes longer than allowed")
 
     @contextmanager
     def hold(self) -> Iterator["Hold"]:

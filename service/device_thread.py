@@ -105,7 +105,7 @@ class DeviceThread:
                 return None
             if lane.has_own:
                 return lane.own.popleft()
-            tickets = queue.waiting.take(self._limit, time.monotonic(), queue.pace.seconds_for_pixels(1))
+            tickets = queue.waiting.take(self._limit, time.monotonic(), lane.seconds)
             queue.count()
             return tickets
 

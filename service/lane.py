@@ -32,6 +32,13 @@ class Lane:
         self._foresight.ran(batch.pixels, ran.freed - max(self._freed, ran.launched), ran.launched - batch.began)
         self._freed = ran.freed
 
+    def seconds(self, pixels: int) -> float:
+        """What the device takes for a batch of so many padded pixels, at the best; 0 before the first batch."""
+        by_pixels = self._queue.pace.seconds_for_pixels(pixels)
+        takes = self._foresight.seconds(pixels)
+        # Not what this size took alone: one whose only run was slow, as the first of a shape is, is to be tried again.
+        return by_pixels if takes is None else min(by_pixels, takes)
+
     @property
     def has_own(self) -> bool:
         """Whether a batch for this device alone can begin now."""

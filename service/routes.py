@@ -60,7 +60,9 @@ async def segment(request: Request, query: Annotated[SegmentQuery, Query()], ser
         taken = partial(hold.take, "bytes")
         reading = read_body(request, settings.max_bytes, settings.body_timeout_ms / 1000, deadline, taken)
         # The body has no name here, so that nothing holds it once it has been taken apart.
-        return await while_wanted(work(await reading), request.receive, deadline)
+        working = work(await reading)
+        with service.admission.flow.one():
+            return await while_wanted(working, request.receive, deadline)
 
 
 def _take_apart(content_type: str, body: bytes, settings: Settings) -> tuple[list[Upload], int]:

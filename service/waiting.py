@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -113,7 +114,7 @@ class WaitingPictures:
         self._pixels -= ticket.pixels
         return True
 
-    def take(self, limit: BatchLimit, now: float, seconds_per_pixel: float = 0.0) -> list[Ticket]:
+    def take(self, limit: BatchLimit, now: float, seconds: Callable[[int], float] = lambda pixels: 0.0) -> list[Ticket]:
         """The next batch, oldest first: of one bucket, within the limit, at least one picture; empty if none waits.
 
         What has to run alone goes first: there is little of it, and all else waits for it to get out of the way.
@@ -121,8 +122,9 @@ class WaitingPictures:
         Args:
             limit: how large it may be.
             now: on the clock of `time.monotonic`.
-            seconds_per_pixel: what the device takes, as measured: a batch stays so small that it is done by the
-                deadlines of its pictures. On a CPU, which gains nothing from batches, large ones would all be late.
+            seconds: what the device takes for a batch of so many padded pixels, as measured: a batch stays so small
+                that it is done by the deadlines of its pictures. On a CPU, which gains nothing from batches, large ones
+                would all be late.
         """
         if not self._buckets:
             return []
@@ -131,7 +133,7 @@ class WaitingPictures:
         soonest = math.inf
         for ticket in max(buckets, key=lambda bucket: self._urgency(bucket, limit, now)).values():
             pixels = (len(tickets) + 1) * ticket.pixels
-            done = now + pixels * seconds_per_pixel
+            done = now + seconds(pixels)
             if tickets and (
                 len(tickets) == limit.pictures or pixels > limit.pixels or done > min(soonest, ticket.deadline)
             ):

@@ -1,5 +1,6 @@
 """Which pictures go next: a simple list of all that wait says what is right."""
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsg.service.devices import Ran
+from dsg.service.lane import Lane
+from dsg.service.metrics import Metrics
 from dsg.service.pace import BatchLimit, Pace
+from dsg.service.shared_queue import Batch, Queue
 from dsg.service.waiting import Ticket, WaitingPictures
 from dsg.service.warm_up import warm_up_batches
 
@@ -92,9 +97,31 @@ def test_a_batch_is_no_larger_than_its_deadlines_allow(deadlines: list[float], s
         one.deadline = deadline
         waiting.add(one)
     limit, found = BatchLimit(pictures=8, pixels=10**9), []
-    while batch := waiting.take(limit, now=10.0, seconds_per_pixel=1 / 1024):  # a second for each picture
+    while batch := waiting.take(limit, now=10.0, seconds=lambda pixels: pixels / 1024):  # a second a picture
         found.append(len(batch))
     assert found == sizes
+
+
+def test_what_a_batch_takes_is_known_by_its_size() -> None:
+    queue = Queue(WaitingPictures(ageing_s=1.0), Metrics())
+    lane = Lane(queue, BatchLimit(pictures=8, pixels=10**9))
+    assert lane.seconds(1024) == 0.0
+
+    def ran(pictures: int, seconds: float) -> None:
+        batch = Batch([ticket(32, 0.0) for _ in range(pictures)], 0.0, lambda: None, threading.Event())
+        lane.ended(batch, Ran([None] * pictures, seconds, {}, launched=lane._freed, freed=lane._freed + seconds))
+        queue.pace.ran(pictures, batch.pixels, seconds)
+
+    ran(1, 6.0)
+    assert lane.seconds(1024) == 6.0 and lane.seconds(4 * 1024) == pytest.approx(24.0)
+    ran(4, 18.0)
+    for _ in range(20):
+        ran(1, 6.0)
+    assert lane.seconds(4 * 1024) == 18.0  # not four times as much as one
+    ran(8, 250.0)  # the first of a shape
+    for _ in range(20):
+        ran(1, 6.0)
+    assert lane.seconds(8 * 1024) < 50.0  # and so it is tried again
 
 
 def test_pictures_of_two_models_or_marked_alone_do_not_meet() -> None:

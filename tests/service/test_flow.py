@@ -1,0 +1,97 @@
+"""How long a request would stay, beside a queue worked out event by event."""
+
+import heapq
+import math
+import random
+from contextlib import ExitStack
+
+import pytest
+
+from dsg.service import admission
+from dsg.service.admission import Flow
+
+
+class Clock:
+    now = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(admission.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+class Line:
+    """Requests that are answered one after the other, each in the same time; one whose deadline has passed when its
+    turn comes is given up."""
+
+    def __init__(self, clock: Clock, seconds: float, deadline_s: float, careful: bool) -> None:
+        self._clock, self._seconds, self._deadline_s, self._careful = clock, seconds, deadline_s, careful
+        self.in_time = self.late = self.refused = 0
+
+    def run(self, arrivals: list[float]) -> None:
+        flow, free = Flow(), 0.0
+        leaving: list[tuple[float, int, ExitStack]] = []
+        for number, came in enumerate([*arrivals, math.inf]):
+            while leaving and leaving[0][0] <= came:
+                self._clock.now, _, stays = heapq.heappop(leaving)
+                stays.close()
+            if came == math.inf:
+                return
+            self._clock.now, gives_up = came, came + self._deadline_s
+            if self._careful and flow.seconds_for_one_more() > self._deadline_s:
+                self.refused += 1
+                continue
+            begins = max(free, came)
+            if begins < gives_up:
+                free = begins + self._seconds
+            is_late = begins + self._seconds > gives_up
+            self.late, self.in_time = self.late + is_late, self.in_time + (not is_late)
+            stays = ExitStack()
+            stays.enter_context(flow.one())
+            heapq.heappush(leaving, (min(begins + self._seconds, gives_up), number, stays))
+
+
+def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
+    chance, came, found = random.Random(seed), 0.0, []
+    while (came := came + chance.expovariate(rate)) < seconds:
+        found.append(came)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("load", [1.5, 2.0, 5.0])
+def test_under_too_much_load_what_is_taken_is_in_time(clock: Clock, load: float, seed: int) -> None:
+    seconds, deadline_s, total_s = 0.005, 0.15, 20.0
+    come = arrivals(load / seconds, total_s, seed)
+    careful, careless = (Line(clock, seconds, deadline_s, careful) for careful in (True, False))
+    careful.run(come)
+    careless.run(come)
+    possible = total_s / seconds
+    assert careful.in_time > 0.95 * possible and careful.late < 0.05 * possible
+    assert careless.in_time < 0.5 * possible  # all at the last moment, and most a little after it
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_under_a_load_that_it_can_bear_nothing_is_refused(clock: Clock, seed: int) -> None:
+    line = Line(clock, 0.005, 0.15, careful=True)
+    line.run(arrivals(0.7 / 0.005, 20.0, seed))
+    assert (line.refused, line.late) == (0, 0)
+
+
+def test_an_idle_service_tries_whatever_it_is_asked(clock: Clock) -> None:
+    flow = Flow()
+    with flow.one():
+        clock.now += 50.0
+        assert flow.seconds_for_one_more() == 0.0  # nothing has left yet
+    with flow.one():
+        clock.now += 1000.0
+    with flow.one():
+        assert flow.seconds_for_one_more() == 0.0  # one came after the other had left, however long it stayed
+        with flow.one():
+            clock.now += 1.0
+        clock.now += 16.0
+    assert flow.seconds_for_one_more() == 0.0
+    with flow.one():
+        assert flow.seconds_for_one_more() == pytest.approx(1.25 * 2 * 16.0 / 16)
