@@ -1,8 +1,10 @@
 """How much the service holds at once: pictures, pixels and bytes that are accepted, and not answered yet."""
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 
 from dsg.service.metrics import Metrics
@@ -14,27 +16,43 @@ _CAUTION = 1.25  # about half of all stay longer than the mean
 
 
 class Hold:
-    """What one request holds of each bound; made by `Admission.hold`."""
+    """What one request holds of each bound; made by `Admission.hold`. Any thread may call it."""
 
-    def __init__(self, check: Callable[[str, int], None], add: Callable[[str, int], None]) -> None:
+    def __init__(
+        self, check: Callable[[str, int], None], add: Callable[[str, int], None], lock: threading.Lock
+    ) -> None:
         self._check = check
         self._add = add
+        self._lock = lock
         self._held: dict[str, int] = {}
+        self._has_ended = False
 
     def take(self, what: str, count: int) -> None:
         """Hold so many more `pictures`, `pixels` or `bytes`.
 
         Raises:
             Problem: 429, they are not free; 413, one request may not have so many.
+            CancelledError: the request has ended meanwhile, and nobody waits for what they are for.
         """
-        self._check(what, count)
-        self._add(what, count)
-        self._held[what] = self._held.get(what, 0) + count
+        with self._lock:
+            if self._has_ended:
+                raise CancelledError
+            self._check(what, count)
+            self._add(what, count)
+            self._held[what] = self._held.get(what, 0) + count
 
-    def give_back(self, *kinds: str) -> None:
-        """Hold no more of these."""
-        for what in kinds:
+    def give_back(self, what: str) -> None:
+        """Hold no more of this."""
+        with self._lock:
             self._add(what, -self._held.pop(what, 0))
+
+    def end(self) -> None:
+        """Hold nothing, from now on."""
+        with self._lock:
+            self._has_ended = True
+            for what, count in self._held.items():
+                self._add(what, -count)
+            self._held.clear()
 
 
 class Flow:
@@ -68,7 +86,7 @@ class Flow:
 
 
 class Admission:
-    """Bounds on what is in flight. All calls come from the event loop, so that counting needs no lock.
+    """Bounds on what is in flight.
 
     Args:
         pictures: most pictures.
@@ -101,6 +119,7 @@ class Admission:
         self._seconds_until_free = seconds_until_free
         self._seconds_of_queue = seconds_of_queue
         self._metrics = metrics
+        self._lock = threading.Lock()
 
     def check(self, seconds_left: float) -> None:
         """Raise the 429 problem where a request should not even send its body.
@@ -108,7 +127,8 @@ class Admission:
         Args:
             seconds_left: until its deadline.
         """
-        self._check("pictures", 1)
+        with self._lock:
+            self._check("pictures", 1)
         takes_s = max(self._seconds_of_queue(), self.flow.seconds_for_one_more())
         if takes_s > seconds_left:
             raise self._refuse("deadline", takes_s - seconds_left, "what waits already takes longer than allowed")
@@ -116,11 +136,11 @@ class Admission:
     @contextmanager
     def hold(self) -> Iterator["Hold"]:
         """What one request takes; all of it is free again when the block ends."""
-        hold = Hold(self._check, self._add)
+        hold = Hold(self._check, self._add, self._lock)
         try:
             yield hold
         finally:
-            hold.give_back(*self._limits)
+            hold.end()
 
     def _check(self, what: str, count: int) -> None:
         held, limit = self._held[what], self._limits[what]

@@ -14,13 +14,14 @@ from starlette.types import Receive
 from dsg.model.network.detections import lowest_of
 from dsg.service.admission import Hold
 from dsg.service.batching import DeadlinePassed, DeviceLost, DeviceStopped, Outcome, OutOfMemory
-from dsg.service.body import Upload
-from dsg.service.decode import decode_picture
+from dsg.service.body import Upload, split_body
+from dsg.service.decode import decode_picture, pixels_of
 from dsg.service.encode import Answered, coco_document, to_json
 from dsg.service.models import ServedModel
 from dsg.service.overlay import draw_instances, to_png
 from dsg.service.problems import CLIENT_GONE, Problem, deadline_passed, out_of_memory, stopping
 from dsg.service.query import PNG, Wanted
+from dsg.service.settings import Settings
 from dsg.service.state import Service
 
 if TYPE_CHECKING:
@@ -29,12 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A request that was checked as far as it can be without decoding a picture."""
+    """A request that was checked as far as it can be without looking at its body."""
 
-    uploads: list[Upload]
-    """Emptied once they are decoded."""
-    pixels: int
-    """Of all of them, as their headers say."""
+    content_type: str
+    """Of the body, with its parameters."""
     wanted: Wanted
     media_type: str
     """Of the answer: `application/json` or `image/png`."""
@@ -43,24 +42,37 @@ class Job:
     """On the clock of `time.monotonic`."""
 
 
-async def answer(service: Service, job: Job, hold: Hold, log: dict[str, Any], stages: dict[str, float]) -> Response:
+@dataclass(frozen=True)
+class Opened:
+    """What was in a body."""
+
+    uploads: list[Upload]
+    """Emptied once they are decoded."""
+    pictures: "list[PreparedImage]"
+    """The only one; where there are several they have yet to be decoded, side by side."""
+
+
+async def answer(
+    service: Service, job: Job, body: list[bytes], hold: Hold, log: dict[str, Any], stages: dict[str, float]
+) -> Response:
     """Run a request through all stages.
 
     Args:
         service: with room for each picture and its pixels (429 otherwise).
         job: the request.
+        body: all of it; taken out of the list once it is taken apart.
         hold: has its bytes; they are given back once they are decoded.
-        log: takes the stages' durations in milliseconds, and how many pictures ran together at most.
+        log: takes what came, the stages' durations in milliseconds, and how many pictures ran together at most.
         stages: takes the stages' durations in seconds, in their order.
     """
     started = time.monotonic()
-    hold.take("pictures", len(job.uploads))
-    hold.take("pixels", job.pixels)
-    pictures = await _decode(service, job)
+    log.update(model=job.model.name, bytes=len(body[0]))
+    opened = await service.decoding(partial(_open, service.settings, job, body, hold, log))
+    pictures = opened.pictures or await _decode(service, job, opened.uploads)
     decoded = time.monotonic()
-    names = [upload.name for upload in job.uploads]
-    drawn_on = job.uploads[0].data if job.media_type == PNG else b""
-    job.uploads.clear()  # whoever waits for the device keeps a resized picture, and no file of many megabytes
+    names = [upload.name for upload in opened.uploads]
+    drawn_on = opened.uploads[0].data if job.media_type == PNG else b""
+    opened.uploads.clear()  # whoever waits for the device keeps a resized picture, and no file of many megabytes
     if not drawn_on:
         hold.give_back("bytes")
     outcomes = await _detect(service, job, pictures)
@@ -109,18 +121,30 @@ async def _hung_up(receive: Receive) -> None:
         pass
 
 
-async def _decode(service: Service, job: Job) -> "list[PreparedImage]":
-    def prepare(data: bytes) -> "PreparedImage":
-        if time.monotonic() >= job.deadline:
-            raise deadline_passed()
-        return job.model.prepare(decode_picture(data, service.settings.max_pixels))
+def _open(settings: Settings, job: Job, body: list[bytes], hold: Hold, log: dict[str, Any]) -> Opened:
+    """Take a body apart, and decode a picture that is alone at once: each change of threads waits for Python's lock."""
+    uploads = split_body(job.content_type, body.pop(), settings.max_pictures)
+    log["pictures"] = len(uploads)
+    if job.media_type == PNG and len(uploads) > 1:
+        raise Problem(422, "one_picture", f"{PNG} answers one picture; send one, or accept JSON")
+    hold.take("pictures", len(uploads))
+    hold.take("pixels", sum(pixels_of(upload.data, settings.max_pixels) for upload in uploads))
+    return Opened(uploads, [_prepare(settings, job, uploads[0].data)] if len(uploads) == 1 else [])
 
-    tasks = [service.decoding(partial(prepare, upload.data)) for upload in job.uploads]
+
+def _prepare(settings: Settings, job: Job, data: bytes) -> "PreparedImage":
+    if time.monotonic() >= job.deadline:
+        raise deadline_passed()
+    return job.model.prepare(decode_picture(data, settings.max_pixels))
+
+
+async def _decode(service: Service, job: Job, uploads: list[Upload]) -> "list[PreparedImage]":
+    tasks = [service.decoding(partial(_prepare, service.settings, job, upload.data)) for upload in uploads]
     results = await asyncio.gather(*tasks, return_exceptions=True)
     pictures = []
     for index, result in enumerate(results):
         if isinstance(result, Problem):
-            raise result.of_picture(index) if len(results) > 1 else result
+            raise result.of_picture(index)
         if isinstance(result, BaseException):
             raise result
         pictures.append(result)
