@@ -3,9 +3,10 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
+from typing import Any
 
 from dsg.service.metrics import Metrics
 from dsg.service.problems import Problem
@@ -25,6 +26,7 @@ class Hold:
         self._add = add
         self._lock = lock
         self._held: dict[str, int] = {}
+        self._futures: list[Future[Any]] = []
         self._has_ended = False
 
     def take(self, what: str, count: int) -> None:
@@ -46,6 +48,13 @@ class Hold:
         with self._lock:
             self._add(what, -self._held.pop(what, 0))
 
+    def cancel_at_end(self, futures: Sequence[Future[Any]]) -> None:
+        """Have work given up when the request ends, where it is not done by then; at once where it has ended."""
+        with self._lock:
+            self._futures += futures
+        if self._has_ended:
+            self._cancel()
+
     def end(self) -> None:
         """Hold nothing, from now on."""
         with self._lock:
@@ -53,6 +62,11 @@ class Hold:
             for what, count in self._held.items():
                 self._add(what, -count)
             self._held.clear()
+        self._cancel()
+
+    def _cancel(self) -> None:
+        for future in self._futures:
+            future.cancel()
 
 
 class Flow:

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,8 @@ class Opened:
 
     uploads: list[Upload]
     """Emptied once they are decoded."""
-    pictures: "list[PreparedImage]"
-    """The only one; where there are several they have yet to be decoded, side by side."""
+    waiting: list[Future[Outcome]]
+    """What a device makes of the only one; where there are several they have yet to be decoded, side by side."""
 
 
 async def answer(
@@ -67,22 +68,20 @@ async def answer(
     """
     started = time.monotonic()
     log.update(model=job.model.name, bytes=len(body[0]))
-    opened = await service.decoding(partial(_open, service.settings, job, body, hold, log))
-    pictures = opened.pictures or await _decode(service, job, opened.uploads)
-    decoded = time.monotonic()
-    names = [upload.name for upload in opened.uploads]
-    drawn_on = opened.uploads[0].data if job.media_type == PNG else b""
-    opened.uploads.clear()  # whoever waits for the device keeps a resized picture, and no file of many megabytes
-    if not drawn_on:
-        hold.give_back("bytes")
-    outcomes = await _detect(service, job, pictures)
-    inferred = time.monotonic()
-    answered = [Answered(name, one.detections) for name, one in zip(names, outcomes, strict=True)]
-    content = await service.encoding(partial(_encode, service, job, answered, drawn_on))
+    with _named_problems(service):
+        opened = await service.decoding(partial(_open, service, job, body, hold, log))
+        waiting = opened.waiting or _submit(service, job, hold, await _decode(service, job, opened.uploads))
+        decoded = time.monotonic()
+        names = [upload.name for upload in opened.uploads]
+        drawn_on = opened.uploads[0].data if job.media_type == PNG else b""
+        opened.uploads.clear()  # whoever waits for the device keeps a resized picture, and no file of many megabytes
+        if not drawn_on:
+            hold.give_back("bytes")
+        content, outcomes = await service.encoding_of(waiting, partial(_encode, service, job, names, drawn_on))
     stages["decode"] = decoded - started
     stages["queue"] = max(outcome.queue_s for outcome in outcomes)
     stages["infer"] = max(outcome.infer_s for outcome in outcomes)
-    stages["encode"] = time.monotonic() - inferred
+    stages["encode"] = time.monotonic() - max(outcome.known for outcome in outcomes)
     for stage, seconds in stages.items():
         service.metrics.stages.labels(stage).observe(seconds)
         log[f"{stage}_ms"] = round(seconds * 1000, 1)
@@ -121,15 +120,19 @@ async def _hung_up(receive: Receive) -> None:
         pass
 
 
-def _open(settings: Settings, job: Job, body: list[bytes], hold: Hold, log: dict[str, Any]) -> Opened:
-    """Take a body apart, and decode a picture that is alone at once: each change of threads waits for Python's lock."""
+def _open(service: Service, job: Job, body: list[bytes], hold: Hold, log: dict[str, Any]) -> Opened:
+    """Take a body apart; decode a picture that is alone and queue it, since each change of threads waits for Python's
+    lock."""
+    settings = service.settings
     uploads = split_body(job.content_type, body.pop(), settings.max_pictures)
     log["pictures"] = len(uploads)
     if job.media_type == PNG and len(uploads) > 1:
         raise Problem(422, "one_picture", f"{PNG} answers one picture; send one, or accept JSON")
     hold.take("pictures", len(uploads))
     hold.take("pixels", sum(pixels_of(upload.data, settings.max_pixels) for upload in uploads))
-    return Opened(uploads, [_prepare(settings, job, uploads[0].data)] if len(uploads) == 1 else [])
+    if len(uploads) > 1:
+        return Opened(uploads, [])
+    return Opened(uploads, _submit(service, job, hold, [_prepare(settings, job, uploads[0].data)]))
 
 
 def _prepare(settings: Settings, job: Job, data: bytes) -> "PreparedImage":
@@ -151,12 +154,18 @@ async def _decode(service: Service, job: Job, uploads: list[Upload]) -> "list[Pr
     return pictures
 
 
-async def _detect(service: Service, job: Job, pictures: "list[PreparedImage]") -> list[Outcome]:
-    waiting: list[Future[Outcome]] = []
+def _submit(service: Service, job: Job, hold: Hold, pictures: "list[PreparedImage]") -> list[Future[Outcome]]:
+    waiting = service.batcher.submit(job.model, pictures, job.deadline, lowest_of(job.wanted.score_threshold))
+    # Also where one picture has failed: its request has, and the others need not run.
+    hold.cancel_at_end(waiting)
+    return waiting
+
+
+@contextmanager
+def _named_problems(service: Service) -> Iterator[None]:
+    """What a client is told of what a device could not do."""
     try:
-        lowest = lowest_of(job.wanted.score_threshold)
-        waiting = service.batcher.submit(job.model, pictures, job.deadline, lowest)
-        return await asyncio.gather(*map(asyncio.wrap_future, waiting))
+        yield
     except DeadlinePassed:
         raise deadline_passed() from None
     except DeviceStopped:
@@ -166,17 +175,16 @@ async def _detect(service: Service, job: Job, pictures: "list[PreparedImage]") -
     except DeviceLost:
         service.check_healthy()
         raise
-    finally:
-        # Where one picture failed, its request has failed: the others need not run.
-        for future in waiting:
-            future.cancel()
 
 
-def _encode(service: Service, job: Job, answered: list[Answered], drawn_on: bytes) -> bytes:
+def _encode(
+    service: Service, job: Job, names: list[str], drawn_on: bytes, outcomes: list[Outcome]
+) -> tuple[bytes, list[Outcome]]:
+    answered = [Answered(name, one.detections) for name, one in zip(names, outcomes, strict=True)]
     document = coco_document(answered, job.wanted, job.model.info, job.model.name)
     if job.media_type != PNG:
-        return to_json(document)
+        return to_json(document), outcomes
     # Decoded once more: to keep the pixels of every picture in the queue would take many times the memory.
     pixels = decode_picture(drawn_on, service.settings.max_pixels)
-    names = {category["id"]: category["name"] for category in document["categories"]}
-    return to_png(draw_instances(pixels, document["annotations"], names))
+    categories = {category["id"]: category["name"] for category in document["categories"]}
+    return to_png(draw_instances(pixels, document["annotations"], categories)), outcomes

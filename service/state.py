@@ -3,8 +3,8 @@
 import asyncio
 import gc
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import structlog
@@ -18,11 +18,13 @@ from dsg.service.metrics import Metrics
 from dsg.service.models import Models, ServedModel
 from dsg.service.peers import Peers, merged
 from dsg.service.problems import Problem, stopping
+from dsg.service.relay import when_all
 from dsg.service.settings import Settings
 from dsg.service.tracing import Tracing
 from dsg.service.warm_up import warm_up_batches
 
 _log = structlog.get_logger("dsg.service")
+_Given = TypeVar("_Given")
 _Result = TypeVar("_Result")
 _CLOSE_S = 2.0  # what is left on the devices at the end: at most the batches of requests that were given up
 _LAG_PERIOD_S = 0.1
@@ -163,9 +165,9 @@ class Service:
         """Run a task on a decode thread; cancelling drops it if it has not begun."""
         return await asyncio.get_running_loop().run_in_executor(self._decoders, task)
 
-    async def encoding(self, task: Callable[[], _Result]) -> _Result:
-        """Run a task on an encode thread; cancelling drops it if it has not begun."""
-        return await asyncio.get_running_loop().run_in_executor(self._encoders, task)
+    async def encoding_of(self, futures: Sequence[Future[_Given]], task: Callable[[list[_Given]], _Result]) -> _Result:
+        """Run a task on an encode thread as soon as all futures have their results; raises what one of them raises."""
+        return await asyncio.wrap_future(when_all(futures, self._encoders, task))
 
     async def _load(self, asked: str) -> ServedModel:
         loop = asyncio.get_running_loop()

@@ -26,6 +26,8 @@ class Outcome:
     """Time its batch took on the device, seconds."""
     batch_size: int
     """Pictures that ran together, this one included."""
+    known: float = field(default_factory=time.monotonic)
+    """When it was, on that clock."""
 
 
 @dataclass(eq=False)

@@ -1,6 +1,7 @@
 """A device in a process of its own: gives what one of this process gives, breaks alone, and can be started again."""
 
 import contextlib
+import gc
 import os
 import pickle
 import queue
@@ -244,6 +245,7 @@ def test_pixels_are_shared_as_they_are(pixels: torch.Tensor | np.ndarray) -> Non
 
 @pytest.fixture
 def no_free_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()  # pictures of other tests would give theirs back in the middle of one that counts
     monkeypatch.setattr(shared_pixels, "_free", deque())
 
 
