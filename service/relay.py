@@ -52,6 +52,9 @@ def when_all(
                 fail(shut_down)
 
     def run() -> None:
+        if done.cancelled():
+            waiting.clear()
+            return
         try:
             result = task([future.result() for future in waiting])
         except BaseException as error:

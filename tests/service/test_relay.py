@@ -40,14 +40,16 @@ def test_results_that_are_there_already_are_enough() -> None:
 
 
 def test_the_first_error_is_the_error_and_the_task_does_not_run() -> None:
+    ran: list[list[int]] = []
     first, second, third = (Future[int]() for _ in range(3))
     with ThreadPoolExecutor(1) as pool:
-        done = when_all([first, second, third], pool, lambda results: pytest.fail("it ran"))
+        done = when_all([first, second, third], pool, ran.append)
         first.set_result(1)
         third.set_exception(ValueError("third"))
         second.set_exception(KeyError("second"))
         with pytest.raises(ValueError, match="third"):
             done.result(WAIT)
+    assert not ran
 
 
 def test_what_is_cancelled_and_what_fails_in_the_task_are_errors_too() -> None:
@@ -68,12 +70,19 @@ def test_what_is_cancelled_and_what_fails_in_the_task_are_errors_too() -> None:
         done.result(WAIT)
 
 
-def test_nobody_need_wait_for_it() -> None:
+def test_what_nobody_waits_for_any_more_is_not_run() -> None:
+    gate, ran = threading.Event(), []
     futures = [Future[int]() for _ in range(2)]
     with ThreadPoolExecutor(1) as pool:
-        assert when_all(futures, pool, sum).cancel()
+        busy = pool.submit(gate.wait, WAIT)
+        done = when_all(futures, pool, ran.append)
         for future in futures:
             future.set_result(1)
+        assert done.cancel()  # it waits for the pool's only thread
+        gate.set()
+        assert busy.result(WAIT)
+        pool.submit(int).result(WAIT)
+    assert done.cancelled() and not ran
 
 
 def test_results_are_let_go_without_a_search_for_rings() -> None:
