@@ -69,6 +69,7 @@ def run(
     loaded = predictor.load(model, device, "float16" if half else "float32")
     network = loaded.model
     size = padded_size(*resized_size(*_PHOTO, loaded.info.resize))
+    how = ("float16" if half else "float32") + ("" if prove else ", files not proven")
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), whole_float32():
         runs: dict[Way, Run] = {
@@ -91,10 +92,8 @@ def run(
                 done = measure(partial(one, images, sizes), device, repeats)
                 # What onnxruntime takes, torch does not count.
                 measured[way] = replace(done, peak_mib=None) if way in (Way.ONNX, Way.ONNX_BODY) else done
-                precision = "float16" if half else "float32"
-                precision += "" if prove else ", files not proven"
-                case += f", {precision}; baseline eager"
-                rows.append(measured_row(case, measured[way], measured[Way.EAGER], images=batch))
+                what = f"{case}, {how}; baseline eager"
+                rows.append(measured_row(what, measured[way], measured[Way.EAGER], images=batch))
     return rows
 
 

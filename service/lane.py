@@ -34,10 +34,8 @@ class Lane:
 
     def seconds(self, pixels: int) -> float:
         """What the device takes for a batch of so many padded pixels, at the best; 0 before the first batch."""
-        by_pixels = self._queue.pace.seconds_for_pixels(pixels)
-        takes = self._foresight.seconds(pixels)
         # Not what this size took alone: one whose only run was slow, as the first of a shape is, is to be tried again.
-        return by_pixels if takes is None else min(by_pixels, takes)
+        return min(self._queue.pace.seconds_for_pixels(pixels), self._expected_s(pixels))
 
     @property
     def has_own(self) -> bool:
@@ -60,12 +58,13 @@ class Lane:
     def seconds_until_due(self) -> float:
         """Sent earlier the next batch would be smaller than it need be; later, and the device would stand idle."""
         running = self.running[0]
-        takes = self._foresight.seconds(running.pixels)
-        if takes is None:
-            takes = self._queue.pace.seconds_for_pixels(running.pixels)
         travel_s = self._foresight.travel_s
         started = max(running.began + travel_s, self._freed)  # when the device had it, and nothing else left to run
-        return started + takes - travel_s - time.monotonic()
+        return started + self._expected_s(running.pixels) - travel_s - time.monotonic()
+
+    def _expected_s(self, pixels: int) -> float:
+        takes = self._foresight.seconds(pixels)
+        return self._queue.pace.seconds_for_pixels(pixels) if takes is None else takes
 
     @property
     def _must_end_first(self) -> bool:

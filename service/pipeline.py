@@ -77,7 +77,8 @@ async def answer(
         opened.uploads.clear()  # whoever waits for the device keeps a resized picture, and no file of many megabytes
         if not drawn_on:
             hold.give_back("bytes")
-        content, outcomes = await service.encoding_of(waiting, partial(_encode, service, job, names, drawn_on))
+        content = await service.encoding_of(waiting, partial(_encode, service, job, names, drawn_on))
+    outcomes = [future.result() for future in waiting]
     stages["decode"] = decoded - started
     stages["queue"] = max(outcome.queue_s for outcome in outcomes)
     stages["infer"] = max(outcome.infer_s for outcome in outcomes)
@@ -177,14 +178,12 @@ def _named_problems(service: Service) -> Iterator[None]:
         raise
 
 
-def _encode(
-    service: Service, job: Job, names: list[str], drawn_on: bytes, outcomes: list[Outcome]
-) -> tuple[bytes, list[Outcome]]:
+def _encode(service: Service, job: Job, names: list[str], drawn_on: bytes, outcomes: list[Outcome]) -> bytes:
     answered = [Answered(name, one.detections) for name, one in zip(names, outcomes, strict=True)]
     document = coco_document(answered, job.wanted, job.model.info, job.model.name)
     if job.media_type != PNG:
-        return to_json(document), outcomes
+        return to_json(document)
     # Decoded once more: to keep the pixels of every picture in the queue would take many times the memory.
     pixels = decode_picture(drawn_on, service.settings.max_pixels)
     categories = {category["id"]: category["name"] for category in document["categories"]}
-    return to_png(draw_instances(pixels, document["annotations"], categories)), outcomes
+    return to_png(draw_instances(pixels, document["annotations"], categories))

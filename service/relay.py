@@ -52,15 +52,15 @@ def when_all(
                 fail(shut_down)
 
     def run() -> None:
+        results = [future.result() for future in waiting]
+        waiting.clear()
         if done.cancelled():
-            waiting.clear()
             return
         try:
-            result = task([future.result() for future in waiting])
+            result = task(results)
         except BaseException as error:
             fail(error)
             return
-        waiting.clear()
         with suppress(InvalidStateError):
             done.set_result(result)
 

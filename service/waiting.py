@@ -27,7 +27,7 @@ class Outcome:
     batch_size: int
     """Pictures that ran together, this one included."""
     known: float = field(default_factory=time.monotonic)
-    """When it was, on that clock."""
+    """When the device's answer was there, on the clock of `time.monotonic`."""
 
 
 @dataclass(eq=False)
