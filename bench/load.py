@@ -23,6 +23,8 @@ class Answer:
     """HTTP status; 0 where none came, or not in time."""
     seconds: float
     """From the moment it was meant to be sent to the whole answer."""
+    late_s: float = 0.0
+    """How long after that moment its client began to send it: the load's own delay, no server's."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,14 @@ class Load:
         self._idle.clear()
 
     async def _ask(self, request: bytes, due: float) -> Answer:
+        late_s = time.perf_counter() - due
         status = 0
         try:
             async with asyncio.timeout(_GIVE_UP * self._deadline_s):
                 status = await self._exchange(request)
         except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError):
             status = 0  # gone, too late, or no HTTP
-        return Answer(status, time.perf_counter() - due)
+        return Answer(status, time.perf_counter() - due, late_s)
 
     async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         while self._idle:

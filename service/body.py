@@ -153,7 +153,7 @@ class _Parts:
         self._field = bytearray()
         self._value = bytearray()
         self._disposition = b""
-        self._data = bytearray()
+        self._data: bytes | bytearray = b""
         self._name = ""
 
     def callbacks(self) -> "MultipartCallbacks":
@@ -163,14 +163,14 @@ class _Parts:
             "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
             "on_header_end": self._header,
             "on_headers_finished": self._headers,
-            "on_part_data": lambda data, start, end: self._data.extend(memoryview(data)[start:end]),
+            "on_part_data": self._piece,
             "on_part_end": lambda: self.uploads.append(Upload(self._name, bytes(self._data))),
             "on_end": self._end,
         }
 
     def _begin(self) -> None:
         self._disposition = b""
-        self._data.clear()
+        self._data = b""
 
     def _header(self) -> None:
         if self._field.lower() == b"content-disposition":
@@ -188,6 +188,14 @@ class _Parts:
             detail = f"more than {self._max_pictures} pictures in one request; send the rest in another"
             raise Problem(422, "too_many_pictures", detail)
         self._name = options.get(b"filename", b"").decode("utf-8", "replace") or _FIELD
+
+    def _piece(self, data: bytes, start: int, end: int) -> None:
+        if not self._data:
+            self._data = data[start:end]  # nearly always all of a file, which is copied once then
+            return
+        if isinstance(self._data, bytes):
+            self._data = bytearray(self._data)
+        self._data += memoryview(data)[start:end]
 
     def _end(self) -> None:
         self.complete = True

@@ -5,6 +5,7 @@ sockets. It ends when the other side does, however that ends.
 """
 
 import contextlib
+import gc
 import os
 import pickle
 import queue
@@ -123,7 +124,7 @@ class Worker:
                     # Beside the batches, so that a reload holds nothing up.
                     threading.Thread(target=self._load, args=(number, *given), daemon=True).start()
                 elif kind == "forget":
-                    self._asked.put(partial(self._device.forget, *given))
+                    self._asked.put(partial(self._forget, *given))
                 else:
                     model, pictures, threshold, new, gone = given
                     self._segments.forget(gone)
@@ -153,7 +154,15 @@ class Worker:
         with self._failures_told(number):
             predictor = self._device.load(model, source)
             assert predictor is not None
+            # Python would look through all of torch for rings of objects now and then, while every batch waits.
+            gc.freeze()
             self._tell(number, "done", predictor.info.hash)
+
+    def _forget(self, model: int) -> None:
+        self._device.forget(model)
+        gc.unfreeze()
+        gc.collect()  # once, so that a ring does not keep a model's memory for ever
+        gc.freeze()
 
     @contextlib.contextmanager
     def _failures_told(self, number: int) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +72,18 @@ def test_a_connection_that_the_server_closed_while_it_was_idle_is_not_used() -> 
     assert [one.status for one in asyncio.run(ask_twice())] == [200, 200]
 
 
+def test_what_the_load_itself_was_late_for_is_told_apart() -> None:
+    async def late(port: int) -> Answer:
+        async with Load(port, "/segment", PICTURES, deadline_s=30) as load:
+            return await load._ask(load._requests[0], time.perf_counter() - 5)
+
+    with serving() as server:
+        answer = asyncio.run(late(port_of(server)))
+        assert answer.status == 200 and 5 <= answer.late_s <= answer.seconds < 10
+        measured = asyncio.run(asking(port_of(server), "/segment", "closed", 1, 0.05))
+        assert all(0 <= one.late_s < one.seconds for one in measured.answers)
+
+
 def test_percentiles_goodput_and_shares_by_hand() -> None:
     answers = [Answer(200, 0.1 * number) for number in range(1, 11)] + [Answer(429, 0.01), Answer(504, 2.0)]
     measured = Measured(answers, seconds=2.0)
@@ -114,8 +127,11 @@ def test_rows_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: 
         "dsg, from start to ready",
         "goodput within 0.2 s; baseline LitServe",
         "p99 latency; baseline one picture",
-        "70 % of the model without a server, p99 latency; baseline 3 times the median of one client",
-        "dsg, 100 % of its best",
+        "35.0 requests/s",
+        "70 % of the model without a server",
+        "requests, p99 latency; baseline 3 times the median of one client",
+        "latest that one was sent; baseline that p99",
+        " requests/s, 100 % of its best",
         "share shed",
         "batches of 1; baseline all batches",
     ):

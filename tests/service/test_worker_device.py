@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -130,6 +131,37 @@ def test_a_worker_has_the_next_batch_wait_behind_the_one_that_runs() -> None:
         third, third_done = slow.launched.get(timeout=WAIT)
         third_done.set()
         assert third == 2 and pickle.loads(connection.recv_bytes())[:2] == (2, "done")
+
+
+class Ring:
+    """A model that refers to itself, as networks do."""
+
+    info = SimpleNamespace(hash="abc")
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+def test_what_a_worker_has_loaded_is_not_searched_for_rings_until_it_is_forgotten() -> None:
+    (here, there), models = socket.socketpair(), {}
+
+    def load(number: int, source: str) -> Ring:
+        return models.setdefault(number, Ring())
+
+    device = SimpleNamespace(name="cpu", load=load, forget=models.pop)
+    connection, no_pictures = Connection(here.detach()), socket.socket()
+    with connection, no_pictures:
+        worker = Worker(Connection(there.detach()), no_pictures, device)  # type: ignore[arg-type]
+        gone = weakref.ref(load(0, "a"))
+        try:
+            worker._load(7, 0, "a")
+            assert pickle.loads(connection.recv_bytes()) == (7, "done", "abc")
+            assert gc.get_freeze_count() > 1000 and not any(one is models for one in gc.get_objects())
+            worker._load(8, 1, "b")
+            worker._forget(0)
+            assert gone() is None and gc.get_freeze_count() > 1000
+        finally:
+            gc.unfreeze()
 
 
 def test_an_error_that_shows_while_a_batch_runs_is_told_at_its_end() -> None:
