@@ -3,6 +3,7 @@
 import heapq
 import math
 import random
+from collections import deque
 from contextlib import ExitStack
 
 import pytest
@@ -53,6 +54,45 @@ class Line:
             heapq.heappush(leaving, (min(begins + self._seconds, gives_up), number, stays))
 
 
+class Batches:
+    """A device that runs what waits in batches of up to four, each of which has a price of its own."""
+
+    capacity = 4 / (0.002 + 4 * 0.004)
+
+    def __init__(self, clock: Clock, deadline_s: float) -> None:
+        self._clock, self._deadline_s = clock, deadline_s
+        self.in_time = self.late = self.refused = 0
+
+    def run(self, arrivals: list[float]) -> None:
+        flow, ends = Flow(), math.inf
+        waiting: deque[tuple[float, ExitStack]] = deque()
+        running: list[tuple[float, ExitStack]] = []
+        for came in [*arrivals, math.inf]:
+            while ends <= came and running:
+                self._clock.now = ends
+                for start, stays in running:
+                    stays.close()
+                    is_late = ends - start > self._deadline_s
+                    self.late, self.in_time = self.late + is_late, self.in_time + (not is_late)
+                running, ends = self._next(waiting)
+            if came == math.inf:
+                return
+            self._clock.now = came
+            if flow.seconds_for_one_more() > self._deadline_s:
+                self.refused += 1
+                continue
+            stays = ExitStack()
+            stays.enter_context(flow.one())
+            waiting.append((came, stays))
+            if not running:
+                running, ends = self._next(waiting)
+
+    def _next(self, waiting: deque[tuple[float, ExitStack]]) -> tuple[list[tuple[float, ExitStack]], float]:
+        count = next((size for size in (4, 2, 1) if size <= len(waiting)), 0)
+        ends = self._clock.now + 0.002 + count * 0.004 if count else math.inf
+        return [waiting.popleft() for _ in range(count)], ends
+
+
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     chance, came, found = random.Random(seed), 0.0, []
     while (came := came + chance.expovariate(rate)) < seconds:
@@ -78,6 +118,16 @@ def test_under_a_load_that_it_can_bear_nothing_is_refused(clock: Clock, seed: in
     line = Line(clock, 0.005, 0.15, careful=True)
     line.run(arrivals(0.7 / 0.005, 20.0, seed))
     assert (line.refused, line.late) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_batches_make_a_device_quicker_the_more_waits(clock: Clock, seed: int) -> None:
+    device = Batches(clock, deadline_s=0.11)
+    device.run(arrivals(0.7 * device.capacity, 60.0, seed))
+    assert device.late == 0 and device.refused <= 1
+    device = Batches(clock, deadline_s=0.11)
+    device.run(arrivals(1.5 * device.capacity, 20.0, seed))
+    assert device.in_time > 0.95 * 20 * device.capacity and device.late < 0.02 * 20 * device.capacity
 
 
 def test_an_idle_service_tries_whatever_it_is_asked(clock: Clock) -> None:
