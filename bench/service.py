@@ -77,7 +77,7 @@ def run(
 
     Raises:
         RuntimeError: a server that does not start.
-        ValueError: a folder without photos.
+        ValueError: a folder without photos; a model that is not there or does not load.
     """
     figures = Figures()
     with tempfile.TemporaryDirectory() as folder, _no_search_for_rings():

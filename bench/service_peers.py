@@ -23,6 +23,7 @@ import litserve
 import uvicorn
 from starlette.responses import Response
 
+from dsg.bench.service_processes import WRONG_INPUT
 from dsg.export import load
 from dsg.model.network.detections import Detections, lowest_of
 from dsg.model.network.predictor import Predictor, PreparedImage
@@ -157,7 +158,11 @@ def main() -> None:
     parser.add_argument("--deadline-s", type=float, default=30.0)
     parser.add_argument("--seconds", type=float, default=5.0)
     arguments = parser.parse_args()
-    {"litserve": litserve_server, "plain": plain_server, "inprocess": in_process}[arguments.what](arguments)
+    try:
+        {"litserve": litserve_server, "plain": plain_server, "inprocess": in_process}[arguments.what](arguments)
+    except (ValueError, TypeError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(WRONG_INPUT)
 
 
 if __name__ == "__main__":

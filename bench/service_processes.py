@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+WRONG_INPUT = 2
+"""Exit status of a peer whose model is at fault; its last line on stderr says how."""
 _START_S = 180
 _END_S = 20
 
@@ -82,11 +84,19 @@ def serving(what: str, setup: Setup, deadline_s: float) -> Iterator[Running]:
 
 
 def in_process(setup: Setup, pictures: Path, seconds: float) -> tuple[float, float]:
-    """(pictures a second in batches, seconds of one picture) of the model without a server."""
+    """(pictures a second in batches, seconds of one picture) of the model without a server.
+
+    Raises:
+        ValueError: a model that is not there or does not load.
+        RuntimeError: one that does not run.
+    """
     command = [*_peer("inprocess", setup), "--pictures", str(pictures), "--seconds", str(seconds)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = ran.stderr.strip().rpartition("\n")[2]
+    if ran.returncode == WRONG_INPUT:
+        raise ValueError(said)
     if ran.returncode != 0:
-        raise RuntimeError(f"the model does not run: {ran.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"the model does not run: {said or f'status {ran.returncode}'}")
     result = json.loads(ran.stdout.splitlines()[-1])
     return result["rate"], result["latency_s"]
 

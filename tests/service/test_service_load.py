@@ -139,6 +139,17 @@ def test_rows_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: 
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_model_that_is_not_there_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DSG_COMMIT", "abc123")
+    for given, why in (("nosuch", "no weights 'nosuch'"), (str(tmp_path / "a.safetensors"), "a.safetensors")):
+        out = tmp_path / "service.json"
+        assert run(f"bench service --out {out} --model {given} --device cpu --seconds 0.5".split()) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("dsg: error: ") and why in said and "Error" not in said and not out.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_all_servers_really_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
