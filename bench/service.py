@@ -136,12 +136,9 @@ async def _measure(
                 for clients in _CLIENTS:
                     on_case(f"{name}: {server}, {clients} clients in closed loop")
                     done = await patient.closed(clients, seconds)
-                    case = f"{name}: {server}, throughput with {clients} clients; baseline the model without a server"
-                    rows.append(_rate_row(case, done.rate(), bare_rate))
+                    rows += _closed_rows(f"{name}: {server}", clients, done, bare_rate, bare_latency_s)
                     if clients == 1:
                         one_client_s = one_client_s or done.percentile(0.5)  # of ours, the first
-                        case = f"{name}: {server}, median latency of one client; baseline the model without a server"
-                        rows.append(_time_row(case, done.percentile(0.5), bare_latency_s))
                     best = max(best, done.rate()) if server == "dsg" else best
                 parts = (_LOAD_OF_MODEL * bare_rate, *(share * best for share in _LOADS))
                 rates = rates or [max(1 / seconds, rate) for rate in parts]
@@ -173,6 +170,17 @@ async def _measure(
         for size, count in figures.batches.items():
             case = f"{name}: dsg, batches of {size}; baseline all batches"
             rows.append(_row(case, count, "batches", total, count / total if total else 0.0))
+
+
+def _closed_rows(case: str, clients: int, measured: Measured, bare_rate: float, bare_latency_s: float) -> list[Row]:
+    what = "baseline the model without a server"
+    rows = [_rate_row(f"{case}, throughput with {clients} clients; {what}", measured.rate(), bare_rate)]
+    if clients == 1:
+        median_s = measured.percentile(0.5)
+        rows.append(_time_row(f"{case}, median latency of one client; {what}", median_s, bare_latency_s))
+        steady = round(measured.rate() * median_s, 4)
+        rows.append(_row(f"{case}, one client, throughput times median; less if stalled", steady, "share", 1.0, steady))
+    return rows
 
 
 def _open_rows(case: str, measured: Measured, bare_latency_s: float, deadline_s: float) -> list[Row]:

@@ -124,6 +124,7 @@ def test_rows_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: 
     cases = [row["case"] for row in document["rows"]]
     for wanted in (
         "800x1333: dsg, throughput with 1 clients; baseline the model without a server",
+        "litserve, one client, throughput times median; less if stalled",
         "dsg, from start to ready",
         "goodput within 0.2 s; baseline LitServe",
         "p99 latency; baseline one picture",
