@@ -1,12 +1,18 @@
 """The client against a real server, and against answers made up here where a server would have to be broken."""
 
 import asyncio
+import contextlib
+import gzip
+import http.server
+import socketserver
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -31,7 +37,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     # The names in that module alone: servers of other tests run in this process and sleep too.
     own_time = SimpleNamespace(monotonic=time.monotonic, sleep=waited.append)
     monkeypatch.setattr(client_module, "time", own_time)
-    monkeypatch.setattr(client_module, "asyncio", SimpleNamespace(to_thread=asyncio.to_thread, sleep=sleep))
+    own_asyncio = SimpleNamespace(to_thread=asyncio.to_thread, timeout=asyncio.timeout, sleep=sleep)
+    monkeypatch.setattr(client_module, "asyncio", own_asyncio)
     return waited
 
 
@@ -140,6 +147,169 @@ def test_an_answer_of_something_in_between(waits: list[float]) -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(502, text="<html>bad gateway</html>"))
     with Client("http://test", transport=transport) as client, pytest.raises(SegmentError, match="502 unknown"):
         client.segment(b"x")
+
+
+class RawServer(socketserver.ThreadingTCPServer):
+    """Answers whatever is asked with the same bytes, piece by piece."""
+
+    def __init__(self, pieces: list[bytes], pause_s: float) -> None:
+        super().__init__(("127.0.0.1", 0), RawAnswer)
+        self.pieces, self.pause_s = pieces, pause_s
+        self.asked: list[str] = []
+        self.stopped = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class RawAnswer(http.server.BaseHTTPRequestHandler):
+    server: RawServer
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.asked.append(self.path)
+        self.close_connection = True
+        with contextlib.suppress(ConnectionError):  # the client has given up
+            for piece in self.server.pieces:
+                self.wfile.write(piece)
+                if self.server.stopped.wait(self.server.pause_s):
+                    return
+
+    do_GET = do_POST
+
+    def log_message(self, format: str, *values: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def raw(*pieces: bytes, pause_s: float = 0.0) -> Iterator[RawServer]:
+    with RawServer(list(pieces), pause_s) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stopped.set()
+            server.shutdown()
+            thread.join()
+
+
+def head(status: int, length: int, *headers: bytes) -> bytes:
+    lines = [b"HTTP/1.1 %d Said" % status, b"Content-Length: %d" % length, *headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def synchronously(url: str, call: str, *arguments: Any, timeout_s: float = 60.0, **options: Any) -> Any:
+    with Client(url, timeout_s=timeout_s) as client:
+        return getattr(client, call)(*arguments, **options)
+
+
+def asynchronously(url: str, call: str, *arguments: Any, timeout_s: float = 60.0, **options: Any) -> Any:
+    async def ask() -> Any:
+        async with AsyncClient(url, timeout_s=timeout_s) as client:
+            return await getattr(client, call)(*arguments, **options)
+
+    return asyncio.run(ask())
+
+
+both_ways = pytest.mark.parametrize("ask", [synchronously, asynchronously])
+CALLS = [("segment", b"x"), ("draw", b"x"), ("models",)]
+every_call = pytest.mark.parametrize("call", CALLS, ids=[call[0] for call in CALLS])
+SLOW = {
+    "body": [head(200, 100), *[b" "] * 100],
+    "headers": [bytes([letter]) for letter in head(200, 100)],
+    "a byte and no more": [head(200, 100), b" ", *[b""] * 100],
+    "refusal": [head(503, 100, b"Retry-After: 0"), *[b" "] * 100],
+}
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("slow", "call"), [*((slow, CALLS[0]) for slow in SLOW), *(("body", call) for call in CALLS[1:])]
+)
+def test_a_call_ends_in_time(ask: Callable[..., Any], call: tuple, slow: str) -> None:
+    with raw(*SLOW[slow], pause_s=0.1) as server:  # all of it takes 4 s and more
+        begun = time.monotonic()
+        with pytest.raises(SegmentError, match=r"^unreachable: no whole answer .* within 0\.4 s") as caught:
+            ask(server.url, *call, timeout_s=0.4)
+        assert 0.4 <= time.monotonic() - begun < 2
+    assert caught.value.status == 0 and server.asked
+
+
+def test_a_call_that_ended_leaves_no_thread() -> None:
+    with raw(*SLOW["body"], pause_s=0.1) as server, Client(server.url, timeout_s=0.4) as client:
+        with pytest.raises(SegmentError, match="unreachable"):
+            client.segment(b"x")
+        for thread in [one for one in threading.enumerate() if one.name == "dsg-client"]:
+            thread.join(2)  # the server would go on for 9 s
+            assert not thread.is_alive()
+
+
+ODD = {
+    "page of a proxy": (200, b"<html>\nSign in</html>", b"Content-Type: text/html"),
+    "no text": (200, b"\xff\xfe\xfd", b"Content-Type: application/json"),
+    "nothing": (204, b"", b"Server: a"),
+    "other document": (200, b'{"status": "ok"}', b"Content-Type: application/json"),
+    "list": (200, b"[1]", b"Content-Type: application/json"),
+    "nested": (200, b"[" * 100_000, b"Content-Type: application/json"),
+    "no gzip": (200, b"nonsense", b"Content-Encoding: gzip"),
+    "half a gzip": (200, gzip.compress(b'{"annotations": [], "models": []}')[:-12], b"Content-Encoding: gzip"),
+    "refusal, no gzip": (503, b"nonsense", b"Content-Encoding: gzip\r\nRetry-After: 99"),
+    "redirection": (302, b"", b"Location: /elsewhere"),
+    "other problem": (403, b'{"reason": 1, "detail": {"a": 2}}', b"Content-Type: application/json"),
+}
+
+
+@both_ways
+@every_call
+@pytest.mark.parametrize("odd", ODD)
+def test_an_answer_that_is_not_the_services(ask: Callable[..., Any], call: tuple, odd: str) -> None:
+    status, body, header = ODD[odd]
+    with raw(head(status, len(body), header, b"X-Request-Id: abc") + body) as server:
+        with pytest.raises(SegmentError, match=f"^{status} unknown: .*: check that the url leads to it") as caught:
+            ask(server.url, *call)
+    assert (caught.value.status, caught.value.request_id) == (status, "abc")
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
+
+
+@both_ways
+@pytest.mark.parametrize("told", ["²", "٣", "-1", "1e3", "9" * 5000, "Wed, 21 Oct 2065 07:28:00 GMT"])
+def test_a_retry_after_that_is_no_number(ask: Callable[..., Any], told: str) -> None:
+    body = b'{"reason": "loading", "detail": "soon"}'
+    with raw(head(503, len(body), b"Retry-After: " + told.encode()) + body) as server:
+        with pytest.raises(SegmentError, match=r"^503 loading: soon"):
+            ask(server.url, "segment", b"x", timeout_s=0.2)
+
+
+@both_ways
+@every_call
+def test_nobody_there(ask: Callable[..., Any], call: tuple) -> None:
+    with raw() as server:
+        pass  # its port is closed again
+    with pytest.raises(SegmentError, match=f"^unreachable: .*{server.url}.*: check the url") as caught:
+        ask(server.url, *call, timeout_s=0.2)
+    assert caught.value.status == 0
+
+
+@both_ways
+def test_no_picture_is_sent_nowhere(ask: Callable[..., Any]) -> None:
+    with raw() as server:
+        for call in ("segment", "draw"):
+            for none in ([], ()):
+                with pytest.raises(ValueError, match="no picture"):
+                    ask(server.url, call, none)
+            with pytest.raises(TypeError):
+                ask(server.url, call, None)
+    assert not server.asked
+
+
+@both_ways
+def test_one_name_and_other_kinds_of_bytes(server: Server, ask: Callable[..., Any]) -> None:
+    kinds = [bytearray(GOOD), memoryview(GOOD)]
+    for one in [*kinds, kinds]:
+        answer = ask(server.base_url, "segment", one, categories="red")
+        assert {tuple(each["bbox"]) for each in answer["annotations"]} == {tuple(BOX)}
+    assert len(answer["images"]) == 2
+    assert ask(server.base_url, "draw", kinds[0]).startswith(b"\x89PNG")
+    assert not ask(server.base_url, "segment", GOOD, categories="green")["annotations"]
 
 
 def test_it_needs_httpx_and_nothing_else() -> None:
