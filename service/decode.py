@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dsg.model.network.pixels import SeveralFramesError, UnknownRangeError, upright_rgb
-from dsg.service.jpeg import jpeg_pixels
+from dsg.service.jpeg import jpeg_pixels, refuse_endless_jpeg
 from dsg.service.problems import Problem
+from dsg.service.tiff import SIGNATURES, refuse_endless_tiff
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 """What is taken, in Pillow's names."""
@@ -87,9 +88,13 @@ def pixels_of(data: bytes, max_pixels: int) -> int:
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """Read the header alone: type and size."""
+    """Read the header alone: type and size, and what makes a decoder work without an end."""
     if not data:
         raise Problem(400, "empty_picture", "the picture is empty: 0 bytes")
+    if data.startswith(b"\xff\xd8"):
+        refuse_endless_jpeg(data)
+    elif data.startswith(SIGNATURES):
+        refuse_endless_tiff(data, max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:

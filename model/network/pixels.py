@@ -14,6 +14,8 @@ from PIL import ExifTags, Image, TiffImagePlugin
 _TIFF_BITS_PER_SAMPLE = 258
 _TIFF_PHOTOMETRIC = 262
 _TIFF_WHITE_IS_ZERO = 0
+_GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""From one level of grey to the next, by how a PNG has it in Pillow's words."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,6 +46,7 @@ def exif_orientation(picture: Image.Image) -> int:
 
     Pillow turns a TIFF upright while it decodes it, and takes its tag away: ask before that for what the file says.
     """
+    _scale_transparent_level(picture)  # Pillow decodes a PNG for its EXIF, which may lie behind the pixels
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
@@ -68,11 +71,12 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
         ValueError: the picture is empty.
         Exception: whatever Pillow's decoder of a broken file trips over.
     """
-    frames = getattr(picture, "n_frames", 1)
-    if frames > 1 and picture.format != "MPO":
-        raise SeveralFramesError(f"the picture has {frames} pages or frames; give each as a picture of its own")
+    # Not `n_frames`, for which Pillow walks all pages of a TIFF, in the square of their number.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+        raise SeveralFramesError("the picture has 2 pages or frames, or more; give each as a picture of its own")
     if 0 in picture.size:
         raise ValueError(f"the picture is empty: {picture.height} x {picture.width}")
+    _scale_transparent_level(picture)
     picture.load()
     # Older versions of Pillow open 16-bit PNG as mode I.
     is_sixteen_bit = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
@@ -104,6 +108,18 @@ def turned_upright(stored: NDArray[np.uint8], orientation: int) -> NDArray[np.ui
     rows = slice(None, None, -1 if orientation in _FROM_BOTTOM else 1)
     columns = slice(None, None, -1 if orientation in _FROM_RIGHT else 1)
     return np.ascontiguousarray(turned[rows, columns])
+
+
+def _scale_transparent_level(picture: Image.Image) -> None:
+    """Of a PNG of 2 or 4 bits of grey, which Pillow scales to 0..255 but for the level that is transparent.
+
+    How many bits there were is known until the picture is decoded. A level that is scaled already stays as it is.
+    """
+    tiles = getattr(picture, "tile", [])
+    step = _GREY_STEPS.get(tiles[0][3]) if picture.format == "PNG" and tiles else None
+    if step and "transparency" in picture.info:
+        bits = 255 // step  # all that a level may have set
+        picture.info["transparency"] = (picture.info["transparency"] & bits) * step
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -141,10 +141,35 @@ def _bombs() -> Iterator[Hostile]:
         exif[0x0112] = orientation
         data = _file(Image.new("RGB", (40, 20)), "JPEG", exif=exif)
         yield Hostile(f"JPEG, orientation {orientation}", data, {"Content-Type": "image/jpeg"})
+    yield from _endless()
     yield Hostile("SVG", b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>")
     yield Hostile("an address", b"http://169.254.169.254/latest/meta-data/")
     yield Hostile("nothing", b"")
     yield Hostile("too many bytes", b"\0" * 600_000)
+
+
+def _endless() -> Iterator[Hostile]:
+    """Pictures of few pixels, or bytes, that keep a decoder busy."""
+    jpeg = _file(Image.new("L", (1400, 1400), 128), "JPEG", progressive=True)
+    scan = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    yield Hostile("JPEG of 5,000 scans", jpeg[:-2] + scan * 5000 + jpeg[-2:], {"Content-Type": "image/jpeg"})
+    segments = jpeg[:2] + b"\xff\xee\0\2" * 100_000 + jpeg[2:]
+    yield Hostile("JPEG of 100,000 segments", segments, {"Content-Type": "image/jpeg"})
+
+    def tiff(entries: list[tuple[int, int, int]], place: int) -> bytes:
+        """A directory of (tag, count, value) that begins at `place`, and is followed by another right behind it."""
+        content = b"".join(struct.pack("<HHII", tag, 4, count, value) for tag, count, value in entries)
+        return struct.pack("<H", len(entries)) + content + struct.pack("<I", place + len(content) + 6)
+
+    head, grey = b"II*\0\x18\0\0\0" + bytes(16), [(256, 1, 4), (257, 1, 4), (258, 1, 8), (262, 1, 1), (273, 1, 8)]
+    size = len(tiff(grey, 0))
+    pages = head + b"".join(tiff(grey, 24 + size * number) for number in range(6000))
+    yield Hostile("TIFF of 6,000 pages", pages, {"Content-Type": "image/tiff"})
+    packed = zlib.compress(bytes(6000 * 6000), 9)
+    tiles = [(256, 1, 4), (257, 1, 4), (258, 1, 8), (259, 1, 8), (262, 1, 1), (322, 1, 6000), (323, 1, 6000)]
+    tiles += [(324, 1, 8), (325, 1, len(packed))]
+    data = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + tiff(tiles, 0)[:-4] + bytes(4)
+    yield Hostile("TIFF with a tile of 6,000 x 6,000", data, {"Content-Type": "image/tiff"})
 
 
 def _forms() -> Iterator[Hostile]:

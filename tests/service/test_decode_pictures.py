@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from service_fakes import encoded, picture
 
 from dsg.service.decode import decode_picture
@@ -146,13 +146,6 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(kind: str) -> None:
     assert decode(image, kind)[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
 
 
-def test_sixteen_bit_grey_with_a_transparent_level() -> None:
-    values = np.array([[514, 515]], dtype=">u2")
-    rows = b"\0" + values.tobytes()
-    data = png(2, 1, bits=16, rows=rows, extra=chunk(b"tRNS", struct.pack(">H", 515)))
-    assert decode_picture(data, MAX_PIXELS)[0, :, 0].tolist() == [2, 255]
-
-
 def test_sixteen_bit_rgb_keeps_its_high_byte() -> None:
     rows = b"\0" + struct.pack(">6H", 0, 32896, 65535, 257, 514, 771)
     pixels = decode_picture(png(2, 1, bits=16, colour=2, rows=rows), MAX_PIXELS)
@@ -186,6 +179,24 @@ def test_several_frames_are_refused(kind: str) -> None:
     frames = [picture(), picture((0, 0, 9, 9))]
     problem = refused(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
     assert (problem.status, problem.reason) == (415, "several_frames")
+
+
+def test_of_many_pages_no_more_than_the_first_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = [Image.new("L", (4, 4), grey) for grey in range(100)]
+    data = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    read = []
+    load = TiffImagePlugin.ImageFileDirectory_v2.load
+    monkeypatch.setattr(
+        TiffImagePlugin.ImageFileDirectory_v2, "load", lambda self, file: read.append(file.tell()) or load(self, file)
+    )
+    problem = refused(data)
+    assert (problem.status, problem.reason) == (415, "several_frames")
+    assert len(set(read)) == 1, "more pages were read"
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG", "WEBP", "MPO"])
+def test_a_file_of_one_frame_saved_as_several_is_a_picture(kind: str) -> None:
+    assert decode(picture(), kind, save_all=True).shape == (64, 96, 3)
 
 
 def test_a_phones_depth_map_is_not_a_second_picture() -> None:
