@@ -35,6 +35,8 @@ class DeviceThread:
         self._queue = queue
         self._lane = Lane(queue, limit)
         self._deaths = 0
+        self._death: WorkerDied | None = None  # of the worker that runs now
+        device.when_died = self._hear_of_death
         self._thread = threading.Thread(target=self._work, name=f"dsg-device {device.name}", daemon=True)
         self._say_limit()
         queue.metrics.device_up.labels(device.name).set(1)
@@ -63,16 +65,19 @@ class DeviceThread:
     def _work(self) -> None:
         try:
             while self.fault is None and self._begin_batches():
-                self._end_batch(self._lane.running.popleft())
+                if self._lane.running:
+                    self._end_batch(self._lane.running.popleft())
+                elif self._death is not None:
+                    self._revive(self._death)
         finally:
             self._go_down()
 
     def _begin_batches(self) -> bool:
-        """Begin as many batches as the device takes, at least one; False when the queue is closed."""
+        """Begin as many batches as the device takes, at least one while it lives; False when the queue is closed."""
         while len(self._lane.running) < self.device.ahead:
             tickets = self._next_batch()
             if tickets is None:
-                return bool(self._lane.running)
+                return bool(self._lane.running) or not self._queue.closed
             now = time.monotonic()
             live = [ticket for ticket in tickets if self._claim(ticket, now)]
             if live:
@@ -88,20 +93,26 @@ class DeviceThread:
             done.set()
             self._queue.changed.notify_all()
 
+    def _hear_of_death(self, error: WorkerDied) -> None:
+        with self._queue.changed:
+            self._death = error
+            self._queue.changed.notify_all()
+
     def _next_batch(self) -> list[Ticket] | None:
-        """Wait until there is something to begin; None where there is none before the end of what runs."""
+        """Wait until there is something to begin; None where there is none before the end of what runs, or of the
+        device."""
         queue, lane = self._queue, self._lane
         with queue.changed:
             if lane.running:
-                while not (queue.closed or lane.has_own or lane.is_next_due):
+                while not (queue.closed or self._death or lane.has_own or lane.is_next_due):
                     if lane.running[0].done.is_set():
                         return None
                     queue.changed.wait(lane.seconds_until_due if lane.has_next else None)
             else:
                 queue.idle += 1
-                queue.changed.wait_for(lambda: queue.closed or lane.own or queue.waiting)
+                queue.changed.wait_for(lambda: queue.closed or self._death or lane.own or queue.waiting)
                 queue.idle -= 1
-            if queue.closed:
+            if queue.closed or self._death:
                 return None
             if lane.has_own:
                 return lane.own.popleft()
@@ -128,7 +139,9 @@ class DeviceThread:
         except DeviceLost as error:
             self._lost(batch, error)
         except WorkerDied as error:
-            self._revive(batch, error)
+            pictures = sum(len(one.tickets) for one in (batch, *self._lane.running))
+            fail(self._lane.died_with(batch), error)
+            self._revive(error, pictures)
         except Exception as error:
             self._failed(batch, error)
         else:
@@ -187,44 +200,28 @@ class DeviceThread:
         for ticket in batch.tickets:
             ticket.future.set_exception(error)
 
-    def _revive(self, batch: Batch, error: WorkerDied) -> None:
-        """Restart the worker, and run what it had again: each picture alone, since one of them may be the cause.
+    def _revive(self, error: WorkerDied, pictures: int = 0) -> None:
+        """Restart the worker. Where it dies over that, it is one more death in a row, and no picture's fault.
 
-        A picture that takes a worker with it when it runs alone fails.
+        Args:
+            pictures: how many it died with.
         """
+        self._say_up(False)
+        if self._queue.closed:
+            return  # whoever closes it ends the worker too
         self._deaths += 1
         self._queue.metrics.worker_deaths.labels(self.device.name).inc()
-        suspects = [ticket for one in (batch, *self._lane.running) for ticket in one.tickets]
-        _log.error("worker died", device=self.device.name, pictures=len(suspects), error=str(error))
-        again: list[Ticket] = []
-        for ticket in suspects:
-            if ticket.failures == 0:
-                ticket.failures, ticket.alone = 1, True
-                again.append(ticket)
-            else:
-                ticket.future.set_exception(error)
-        self._lane.running.clear()
-        again.extend(ticket for tickets in self._lane.own for ticket in tickets)
-        self._lane.own.clear()
-        warm_ups = [ticket for ticket in again if ticket.warm_up]
-        with self._queue.changed:
-            for ticket in again:
-                if not ticket.warm_up:
-                    self._queue.waiting.add(ticket)  # other devices may take them meanwhile
-            self._queue.count()
-            self._queue.changed.notify_all()
-        self._lane.own.extend([ticket] for ticket in warm_ups)
-        self._restart()
-
-    def _restart(self) -> None:
-        self._say_up(False)
+        _log.error("worker died", device=self.device.name, pictures=pictures, error=str(error))
         if self._deaths > _MOST_DEATHS:
             self.fault = "a worker died again and again"
             return
+        self._death = None
         try:
             self.device.restart()
-        except (ValueError, TypeError, OSError, RuntimeError, WorkerDied) as error:
-            _log.error("worker does not start", device=self.device.name, error=str(error))
+        except WorkerDied as again:
+            self._revive(again)
+        except (ValueError, TypeError, OSError, RuntimeError) as failure:
+            _log.error("worker does not start", device=self.device.name, error=str(failure))
             self.fault = "a worker died and does not start again"
         else:
             self._say_up(True)
@@ -239,7 +236,7 @@ class DeviceThread:
             tickets += [ticket for batch in self._lane.own for ticket in batch]
             self._lane.own.clear()
             queue.threads -= 1
-            if queue.threads == 0 and not queue.closed:
+            if queue.threads == 0:
                 tickets += queue.waiting.take_all()
                 queue.count()
         fail(tickets, error)

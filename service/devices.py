@@ -26,7 +26,7 @@ class DeviceLost(Exception):
 
 
 class WorkerDied(Exception):
-    """The process that ran a batch ended in the middle of it."""
+    """The process of a device ended by itself, or was killed since it hung."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class Device(Protocol):
     name: str
     ahead: int
     """How many batches it takes before the first of them is done."""
+    when_died: Callable[[WorkerDied], None]
+    """Set by whoever runs batches on it. Called in some thread when its process has died, before anything that was
+    asked of that process raises `WorkerDied`, and also where nothing was."""
 
     def start(self) -> None:
         """Start what it needs; once, before all else."""

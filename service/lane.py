@@ -32,6 +32,30 @@ class Lane:
         self._foresight.ran(batch.pixels, ran.freed - max(self._freed, ran.launched), ran.launched - batch.began)
         self._freed = ran.freed
 
+    def died_with(self, batch: Batch) -> list[Ticket]:
+        """The worker died with a batch and all that is in `running`: each picture is run again, alone, since one of
+        them may be the cause.
+
+        Returns:
+            those that are not, since they took a worker with them before.
+        """
+        suspects = [ticket for one in (batch, *self.running) for ticket in one.tickets]
+        self.running.clear()
+        given_up = [ticket for ticket in suspects if ticket.failures]
+        again = [ticket for ticket in suspects if not ticket.failures]
+        for ticket in again:
+            ticket.failures, ticket.alone = 1, True
+        queue = self._queue
+        with queue.changed:
+            again += [ticket for tickets in self.own for ticket in tickets]
+            self.own = deque([ticket] for ticket in again if ticket.warm_up)
+            for ticket in again:
+                if not ticket.warm_up:
+                    queue.waiting.add(ticket)  # other devices may take them meanwhile
+            queue.count()
+            queue.changed.notify_all()
+        return given_up
+
     def seconds(self, pixels: int) -> float:
         """What the device takes for a batch of so many padded pixels, at the best; 0 before the first batch."""
         # Not what this size took alone: one whose only run was slow, as the first of a shape is, is to be tried again.

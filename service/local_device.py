@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dsg.model.network.detections import on_cpu, with_counts
-from dsg.service.devices import Device, DeviceLost, LoadPredictor, OutOfMemory, Ran
+from dsg.service.devices import Device, DeviceLost, LoadPredictor, OutOfMemory, Ran, WorkerDied
 
 if TYPE_CHECKING:
     from dsg.model.network.predictor import Predictor, PreparedImage
@@ -31,6 +31,7 @@ class LocalDevice:
 
     def __init__(self, name: str | None, load: LoadPredictor) -> None:
         self.name = name or "default"
+        self.when_died: Callable[[WorkerDied], None] = lambda error: None  # it dies with this process alone
         self._asked = name
         self._load = load
         self._predictors: dict[int, Predictor] = {}

@@ -3,17 +3,22 @@
 import itertools
 import os
 import pickle
+import select
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
+
+import structlog
 
 from dsg.service.devices import DeviceLost, LoadPredictor, OutOfMemory, Ran, WorkerDied
 from dsg.service.shared_pixels import Segment, SharedPixels, share
@@ -29,6 +34,22 @@ _FAILURES: dict[str, type[Exception]] = {
     "error": RuntimeError,
 }
 _CLOSE_S = 2.0
+_KILLED_S = 30.0  # a driver that is stuck may keep a killed process for ever
+# A batch without an answer for so long hangs. The first run of a shape on a cold GPU may take 90 s; loading a model has
+# no bound, since that depends on its file and its disk.
+_BATCH_S = 180.0
+_log = structlog.get_logger("dsg.service")
+
+
+@dataclass
+class _Asked:
+    """What a worker was asked and has not answered."""
+
+    answer: Future[Any]
+    pixels: Sequence[SharedPixels]
+    """Of a batch, kept from being written over before it is answered; none of a load."""
+    since: float
+    """On the clock of `time.monotonic`."""
 
 
 class WorkerDevice:
@@ -47,6 +68,8 @@ class WorkerDevice:
         self._load = load
         self._threads = threads
         self._models: dict[int, tuple[str, str]] = {}  # number -> source, hash
+        self._sending = threading.Lock()
+        self.when_died: Callable[[WorkerDied], None] = lambda error: None
 
     @property
     def process_id(self) -> int:
@@ -105,15 +128,11 @@ class WorkerDevice:
             self._pictures.shutdown(socket.SHUT_RDWR)
         with suppress(OSError):
             self._messages.shutdown(socket.SHUT_RDWR)
-        try:
-            self._process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
         self._reader.join()
-        self._connection.close()
-        self._messages.close()
-        self._pictures.close()
+        with self._sending:
+            self._connection.close()
+            self._messages.close()
+            self._pictures.close()
 
     def start(self) -> None:
         messages, child_messages = socket.socketpair()
@@ -122,18 +141,20 @@ class WorkerDevice:
             files = child_messages.fileno(), child_pictures.fileno()
             command = [sys.executable, "-m", "dsg.service.worker", *map(str, files)]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=files)
-        self._messages, self._pictures = messages, pictures
-        self._connection = Connection(os.dup(messages.fileno()))
-        self._numbers = itertools.count()
-        self._told: dict[int, weakref.ref[Segment]] = {}  # segments by number
-        self._asked: dict[int, tuple[Future[Any], Sequence[SharedPixels]]] = {}
-        self._sending = threading.Lock()
-        self._ended = False
+        # One that stops in the middle of an answer keeps its reader no longer than one that stops before it.
+        messages.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(_BATCH_S), 0))
+        with self._sending:  # other threads may load or forget a model meanwhile
+            self._messages, self._pictures = messages, pictures
+            self._connection = Connection(os.dup(messages.fileno()))
+            self._numbers = itertools.count()
+            self._told: dict[int, weakref.ref[Segment]] = {}  # segments by number
+            self._asked: dict[int, _Asked] = {}
+            self._ended = ""  # how; nothing while it runs
+            with suppress(OSError):  # one that died at its start is noticed by its reader
+                self._connection.send_bytes(pickle.dumps(sys.path))
+                self._connection.send_bytes(pickle.dumps((self.name, self._load, self._threads)))
         self._reader = threading.Thread(target=self._read, name=f"dsg-worker {self.name}", daemon=True)
         self._reader.start()
-        with suppress(OSError):  # one that died at its start is noticed by its reader
-            self._connection.send_bytes(pickle.dumps(sys.path))
-            self._connection.send_bytes(pickle.dumps((self.name, self._load, self._threads)))
 
     def _call(
         self,
@@ -151,41 +172,59 @@ class WorkerDevice:
         """
         future: Future[Any] = Future()
         with self._sending:
-            number = next(self._numbers)
-            if answered:
-                self._asked[number] = future, read
+            number, ended = next(self._numbers), self._ended
+            if answered and not ended:
+                self._asked[number] = _Asked(future, read, time.monotonic())
             try:
                 self._connection.send_bytes(pickle.dumps((number, kind, *given), pickle.HIGHEST_PROTOCOL))
                 files = [segment.file for segment in new]
                 for first in range(0, len(files), MOST_FILES):
                     socket.send_fds(self._pictures, [b"x"], files[first : first + MOST_FILES])
             except OSError:
-                self._ended = True
-            ended = self._ended
+                with suppress(OSError):
+                    self._messages.shutdown(socket.SHUT_RDWR)  # its reader deals with the rest
         if ended:
-            self._fail_all()
+            future.set_exception(WorkerDied(ended))
         return future
 
     def _read(self) -> None:
-        connection, process = self._connection, self._process
+        """Take answers until the worker ends, and see that it does where it hangs."""
+        process = self._process
+        arrived = select.poll()
+        arrived.register(self._connection, select.POLLIN)
         try:
             while True:
-                number, kind, answer = pickle.loads(connection.recv_bytes())
-                future = self._asked.pop(number)[0]
+                number, kind, answer = self._receive(arrived)
+                future = self._asked.pop(number).answer
                 if kind == "done":
                     future.set_result(answer)
                 else:
                     future.set_exception(_FAILURES[kind](answer))
         except (EOFError, OSError):
-            with self._sending:
-                self._ended = True
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 process.wait(_CLOSE_S)
-            self._fail_all()
-
-    def _fail_all(self) -> None:
+            except subprocess.TimeoutExpired:
+                process.kill()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_KILLED_S)
+        ended = f"the worker of {self.name} ended with status {process.poll()}"
+        self.when_died(WorkerDied(ended))
         with self._sending:
+            self._ended = ended
             asked, self._asked = self._asked, {}
-        status = self._process.poll()
-        for future, _ in asked.values():
-            future.set_exception(WorkerDied(f"the worker of {self.name} ended with status {status}"))
+        for one in asked.values():
+            one.answer.set_exception(WorkerDied(ended))
+
+    def _receive(self, arrived: select.poll) -> Any:
+        """The next answer; kills a worker that gives none to a batch."""
+        heard = time.monotonic()  # the batch behind the one that was answered then has run since
+        left = _BATCH_S
+        while not arrived.poll(1000 * left):
+            now = time.monotonic()
+            batches = [one.since for one in list(self._asked.values()) if one.pixels]
+            left = max(heard, min(batches, default=now)) + _BATCH_S - now
+            if left <= 0:
+                _log.error("worker hangs, killing it", device=self.name, seconds=_BATCH_S)
+                self._process.kill()
+                raise EOFError
+        return pickle.loads(self._connection.recv_bytes())

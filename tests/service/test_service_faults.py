@@ -160,6 +160,36 @@ def test_a_killed_worker_loses_nothing(server: ServerProcess) -> None:
     assert server.workers() != [worker] and is_right(post(server, GOOD))
 
 
+def test_a_worker_killed_while_it_is_idle_is_started_again_without_a_request(server: ServerProcess) -> None:
+    deaths = metric_grows(server, 'dsg_worker_deaths_total{device="cpu"}')
+    (worker,) = server.workers()
+    os.kill(worker, signal.SIGKILL)
+    event = server.await_event("worker died")
+    assert event["pictures"] == 0 and "status -9" in event["error"]
+    while httpx.get(f"{server.url}/readyz").status_code != 200:
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+    assert deaths() == 1 and server.metrics()['dsg_device_up{device="cpu"}'] == 1
+    assert server.workers() != [worker] and is_right(post(server, GOOD))
+
+
+def test_a_worker_killed_while_it_starts_again_loses_nothing(server: ServerProcess) -> None:
+    deaths = metric_grows(server, 'dsg_worker_deaths_total{device="cpu"}')
+    with Load(server) as load:
+        first = server.workers()
+        os.kill(first[0], signal.SIGKILL)
+        server.await_event("worker died")
+        second: list[int] = []
+        while second in ([], first):
+            with suppress(FileNotFoundError):  # a thread of the server ended while it was looked at
+                second = server.workers()
+        os.kill(second[0], signal.SIGKILL)  # it has not imported torch yet
+        assert server.await_event("worker died")["pictures"] == 0
+        load.wait_answers(24)
+    assert deaths() == 2
+    assert set(load.seen) <= {"right", "503 restarting"} and load.seen["right"] > 16
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+
+
 def test_a_picture_that_kills_workers(server: ServerProcess, held: Path) -> None:
     responses = batch_of(server, held, [GOOD, faulty_picture(LETHAL), GOOD])
     assert is_right(responses[0]) and is_right(responses[2])

@@ -1,6 +1,5 @@
 """A device in a process of its own: gives what one of this process gives, breaks alone, and can be started again."""
 
-import contextlib
 import gc
 import os
 import pickle
@@ -10,7 +9,6 @@ import socket
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,11 +16,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from service_fakes import (
     BLUE,
     GREEDY,
     GREEN,
+    HELD,
     HUGE,
     LETHAL,
     POISON,
@@ -34,13 +32,12 @@ from service_fakes import (
 )
 
 from dsg.model.network.predictor import Begun, PreparedImage
-from dsg.service import shared_pixels
+from dsg.service import worker_device
 from dsg.service.batching import Batcher
 from dsg.service.devices import DeviceLost, OutOfMemory, Ran, WorkerDied
 from dsg.service.local_device import LocalDevice, Running
 from dsg.service.metrics import Metrics
 from dsg.service.models import ServedModel
-from dsg.service.shared_pixels import OpenSegments, SharedPixels
 from dsg.service.worker import Asked, Worker
 from dsg.service.worker_device import WorkerDevice
 
@@ -235,6 +232,52 @@ def test_killed_it_says_so_and_starts_again_with_its_models(device: WorkerDevice
     assert len(device.begin(0, shared(device, prepared()), 0.0)().detections) == 1
 
 
+def test_killed_with_nothing_to_run_it_says_so_at_once_and_once(device: WorkerDevice) -> None:
+    said: queue.Queue[WorkerDied] = queue.Queue()
+    device.when_died = said.put
+    os.kill(device.process_id, signal.SIGKILL)
+    assert "status -9" in str(said.get(timeout=WAIT))
+    with pytest.raises(WorkerDied, match="status -9"):
+        device.begin(0, shared(device, prepared()), 0.0)()
+    device.restart()
+    assert len(device.begin(0, shared(device, prepared()), 0.0)().detections) == 1
+    assert said.empty()
+
+
+def test_a_worker_that_hangs_is_killed_and_what_hangs_it_fails_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setenv("TEST_HELD", str(tmp_path / "pipe"))  # which nobody opens for writing
+    monkeypatch.setattr(worker_device, "_BATCH_S", 3.0)
+    device, metrics = WorkerDevice("cpu", load_faulty, threads=1), Metrics()
+    batcher = Batcher([device], max_batch=8, max_batch_pixels=10**9, ageing_s=1.0, metrics=metrics)
+    device.start()
+    device.load(0, "fake")
+    batcher.start()
+    model = ServedModel("fake", 0, load_faulty("fake", None).info, FakePredictor().prepare)
+    try:
+        os.kill(device.process_id, signal.SIGSTOP)  # hangs with whatever it has; one of these hangs a worker alone
+        futures = batcher.submit(model, shared(device, prepared(left=5), prepared(HELD), prepared(left=45)), FAR)
+        assert [futures[number].result(WAIT).detections.boxes[0, 0] for number in (0, 2)] == [5, 45]
+        with pytest.raises(WorkerDied):
+            futures[1].result(WAIT)
+        assert metrics.registry.get_sample_value("dsg_worker_deaths_total", {"device": "cpu"}) == 2
+        again = batcher.submit(model, shared(device, prepared()), FAR)
+        assert again[0].result(WAIT).batch_size == 1 and batcher.fault is None
+    finally:
+        batcher.close(WAIT)
+        device.close()
+
+
+def test_a_load_may_take_longer_than_any_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(worker_device, "_BATCH_S", 0.01)  # the import of torch alone takes longer
+    device = WorkerDevice("cpu", load_faulty, threads=1)
+    device.start()
+    device.load(0, "fake")
+    device.close()
+
+
 def test_a_picture_that_kills_workers_fails_alone(device: WorkerDevice) -> None:
     metrics = Metrics()
     batcher = Batcher([device], max_batch=8, max_batch_pixels=10**9, ageing_s=1.0, metrics=metrics)
@@ -251,116 +294,6 @@ def test_a_picture_that_kills_workers_fails_alone(device: WorkerDevice) -> None:
     assert [future.result(WAIT).batch_size for future in again] == [1, 1]
     assert batcher.fault is None and batcher.is_up
     batcher.close(WAIT)
-
-
-ROWS_COLUMNS_COLOURS = np.arange(30, dtype=np.uint8).reshape(2, 5, 3)
-
-
-@pytest.mark.parametrize(
-    "pixels",
-    [
-        torch.arange(24, dtype=torch.uint8).reshape(3, 2, 4),
-        np.ones((3, 5, 7), "f4"),
-        torch.from_numpy(ROWS_COLUMNS_COLOURS).permute(2, 0, 1),  # as a decoder has them
-        ROWS_COLUMNS_COLOURS.transpose(2, 0, 1),
-        torch.arange(90).reshape(3, 5, 6)[:, ::2, 1:3],
-    ],
-)
-def test_pixels_are_shared_as_they_are(pixels: torch.Tensor | np.ndarray) -> None:
-    one, there = SharedPixels(pixels), OpenSegments("cpu")
-    there.add(one.segment.number, os.dup(one.segment.file))
-    again = there.pixels(one.segment.number, one.layout)
-    assert type(again) is type(pixels) and again.shape == pixels.shape and (again == pixels).all()
-    if pixels.shape == (3, 2, 5):
-        assert np.asarray(again).strides == np.asarray(pixels).strides  # not turned round
-
-
-@pytest.fixture
-def no_free_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    gc.collect()  # pictures of other tests would give theirs back in the middle of one that counts
-    monkeypatch.setattr(shared_pixels, "_free", deque())
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.mark.usefixtures("no_free_segments")
-def test_a_segment_serves_one_picture_after_the_other() -> None:
-    first, second = SharedPixels(np.zeros((3, 9, 9), "f4")), SharedPixels(np.ones((3, 9, 9), "f4"))
-    numbers = first.segment.number, second.segment.number
-    assert numbers[0] != numbers[1]
-    there = OpenSegments("cpu")
-    for one in (first, second):
-        there.add(one.segment.number, os.dup(one.segment.file))
-    mapped, before = there.pixels(numbers[0], first.layout), descriptors()
-    del first
-    third = SharedPixels(np.full((2, 5), 7, "u1"))
-    assert third.segment.number == numbers[0] and descriptors() == before
-    assert (there.pixels(numbers[0], third.layout) == 7).all()
-    assert (there.pixels(numbers[1], second.layout) == 1).all()
-    there.forget([numbers[0]])
-    del mapped
-    assert descriptors() == before - 1  # the mapping's own
-    with pytest.raises(KeyError):
-        there.pixels(numbers[0], third.layout)
-
-
-def test_a_gpu_that_does_not_register_a_segment_gets_its_pixels_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(*_: object) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    refused = SimpleNamespace(cudaHostRegister=lambda address, size, flags: 2)
-    for device, cudart in ((lost, refused), (lambda name: contextlib.nullcontext(), lambda: refused)):
-        monkeypatch.setattr(torch.cuda, "device", device)
-        monkeypatch.setattr(torch.cuda, "cudart", cudart)
-        one, there = SharedPixels(np.full((3, 4, 5), 7, "u1")), OpenSegments("cuda:0")
-        there.add(one.segment.number, os.dup(one.segment.file))
-        assert (there.pixels(one.segment.number, one.layout) == 7).all()
-        there.forget([one.segment.number])  # nothing is registered that would have to be given back
-
-
-@pytest.mark.usefixtures("no_free_segments")
-def test_free_segments_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    megabyte = 1 << 20
-    monkeypatch.setattr(shared_pixels, "_KEPT_BYTES", 6 * megabyte)
-    before = descriptors()
-    pictures = [SharedPixels(np.zeros(megabyte - number, "u1")) for number in range(8)]
-    large, too_large = (SharedPixels(np.zeros(size * megabyte, "u1")) for size in (3, 7))
-    assert {one.segment.size for one in pictures} == {megabyte} and large.segment.size == 4 * megabyte
-    assert descriptors() == before + 10
-    kept = [one.segment.number for one in pictures[-2:]]
-    while pictures:
-        del pictures[0]
-    assert descriptors() == before + 6 + 2
-    del large  # those that were not used for longest make room
-    assert descriptors() == before + 2 + 1 + 1
-    again = [SharedPixels(np.zeros(size * megabyte, "u1")) for size in (1, 3, 1)]
-    assert sorted(again[number].segment.number for number in (0, 2)) == kept
-    assert descriptors() == before + 3 + 1
-    del too_large
-    assert descriptors() == before + 3
-
-
-@pytest.mark.usefixtures("no_free_segments")
-def test_a_worker_maps_a_segment_once_and_lets_go_of_it_when_it_is_gone(device: WorkerDevice) -> None:
-    def mapped() -> int:
-        return Path(f"/proc/{device.process_id}/maps").read_text().count("memfd:dsg-pictures")
-
-    def lefts(*pictures: PreparedImage) -> list[float]:
-        return [float(one.boxes[0, 0]) for one in device.begin(0, pictures, 0.0)().detections]
-
-    device.restart()  # it has mapped what other tests sent it
-    three = shared(device, *(prepared(left=left) for left in (5, 25, 45)))
-    assert lefts(*three) == [5, 25, 45] and mapped() == 3
-    assert lefts(three[2], three[0]) == [45, 5] and mapped() == 3  # as when halves of a batch run again
-    del three
-    again = shared(device, *(prepared(left=left) for left in (35, 15)))
-    assert lefts(*again) == [35, 15] and mapped() == 3
-    shared_pixels._free.clear()
-    assert lefts(*again) == [35, 15] and mapped() == 2
-    device.restart()
-    assert lefts(*again) == [35, 15] and mapped() == 2
 
 
 def test_a_blue_picture_is_blue(device: WorkerDevice) -> None:
