@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dsg.service.metrics import Metrics
-from dsg.service.problems import Problem
+from dsg.service.problems import CLIENT_GONE, Problem
 
 _LONGEST_WAIT_S = 60
 _MEMORY = 15 / 16  # weight of the past in a running mean; the pictures of a batch leave all at once
@@ -78,25 +78,37 @@ class Flow:
     def __init__(self) -> None:
         self._count = 0
         self._gap_s = 0.0
-        self._left = -math.inf  # when the last one did
+        self._left: float | None = None  # when the last one did; None where nothing was in work since
 
     @contextmanager
     def one(self) -> Iterator[None]:
         """A request, in work as long as the block runs."""
         came = time.monotonic()
         self._count += 1
+        is_done = True
         try:
             yield
+        except (Problem, CancelledError) as error:
+            # One that is given up makes room, and says nothing of how long those take that are not.
+            is_done = isinstance(error, Problem) and error.status not in (CLIENT_GONE, 504)
+            raise
         finally:
             self._count -= 1
-            now = time.monotonic()
-            if self._left > came:  # so that there was work all the while since
-                self._gap_s = _MEMORY * self._gap_s + (1 - _MEMORY) * (now - self._left)
-            self._left = now
+            if is_done:
+                self._has_left(came, time.monotonic())
+            if not self._count:
+                self._left = None
 
     def seconds_for_one_more(self) -> float:
         """0 where nothing is in work: an idle service tries whatever it is asked."""
         return _CAUTION * (self._count + 1) * self._gap_s if self._count else 0.0
+
+    def _has_left(self, came: float, now: float) -> None:
+        # The first one after nothing was in work has no gap before it. Its own stay is the most that one can be, and is
+        # heeded where that is less: a mean that has become too long would let in no two that could shorten it.
+        gap_s = min(self._gap_s, now - came) if self._left is None else now - self._left
+        self._gap_s = _MEMORY * self._gap_s + (1 - _MEMORY) * gap_s
+        self._left = now
 
 
 class Admission:

@@ -10,6 +10,7 @@ import pytest
 
 from dsg.service import admission
 from dsg.service.admission import Flow
+from dsg.service.problems import deadline_passed
 
 
 class Clock:
@@ -23,6 +24,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def leave(stays: ExitStack, is_late: bool) -> None:
+    if not is_late:
+        stays.close()
+        return
+    error = deadline_passed()
+    assert not stays.__exit__(type(error), error, None)
+
+
 class Line:
     """Requests that are answered one after the other, each in the same time; one whose deadline has passed when its
     turn comes is given up."""
@@ -33,11 +42,11 @@ class Line:
 
     def run(self, arrivals: list[float]) -> None:
         flow, free = Flow(), 0.0
-        leaving: list[tuple[float, int, ExitStack]] = []
+        leaving: list[tuple[float, int, bool, ExitStack]] = []
         for number, came in enumerate([*arrivals, math.inf]):
             while leaving and leaving[0][0] <= came:
-                self._clock.now, _, stays = heapq.heappop(leaving)
-                stays.close()
+                self._clock.now, _, is_late, stays = heapq.heappop(leaving)
+                leave(stays, is_late)
             if came == math.inf:
                 return
             self._clock.now, gives_up = came, came + self._deadline_s
@@ -51,7 +60,7 @@ class Line:
             self.late, self.in_time = self.late + is_late, self.in_time + (not is_late)
             stays = ExitStack()
             stays.enter_context(flow.one())
-            heapq.heappush(leaving, (min(begins + self._seconds, gives_up), number, stays))
+            heapq.heappush(leaving, (min(begins + self._seconds, gives_up), number, is_late, stays))
 
 
 class Batches:
@@ -128,6 +137,36 @@ def test_batches_make_a_device_quicker_the_more_waits(clock: Clock, seed: int) -
     device = Batches(clock, deadline_s=0.11)
     device.run(arrivals(1.5 * device.capacity, 20.0, seed))
     assert device.in_time > 0.95 * 20 * device.capacity and device.late < 0.02 * 20 * device.capacity
+
+
+def test_what_is_given_up_says_nothing_of_what_is_done(clock: Clock) -> None:
+    flow = Flow()
+    with ExitStack() as always:
+        always.enter_context(flow.one())
+        for _ in range(200):  # one is done each second, and four are given up meanwhile
+            for _ in range(4):
+                stays = ExitStack()
+                stays.enter_context(flow.one())
+                clock.now += 0.25
+                leave(stays, is_late=True)
+            with flow.one():
+                pass
+        assert flow.seconds_for_one_more() == pytest.approx(1.25 * 2 * 1.0, rel=0.01)
+
+
+def test_heavy_requests_are_forgotten_though_light_ones_come_alone(clock: Clock) -> None:
+    flow = Flow()
+    with flow.one():
+        for _ in range(200):
+            with flow.one():
+                clock.now += 2.0
+    with flow.one():
+        assert flow.seconds_for_one_more() > 3.0  # with these a second one would be late
+    for _ in range(20):
+        with flow.one():
+            clock.now += 0.5
+    with flow.one():
+        assert flow.seconds_for_one_more() < 3.0
 
 
 def test_an_idle_service_tries_whatever_it_is_asked(clock: Clock) -> None:
