@@ -12,7 +12,7 @@ _CHALLENGE = {"WWW-Authenticate": "Bearer"}
 
 def check_client_key(request: Request, keys: Sequence[str]) -> None:
     """Raise the 401 problem unless a request brings one of the keys; where there are none, none is asked for."""
-    if keys and not _is_one_of(_bearer(request) or request.headers.get("x-api-key", ""), keys):
+    if keys and not _is_one_of([_bearer(request), request.headers.get("x-api-key", "")], keys):
         detail = "the key is missing or wrong; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
         raise Problem(401, "wrong_key", detail, _CHALLENGE)
 
@@ -22,7 +22,7 @@ def check_reload_key(request: Request, key: str | None) -> None:
     if key is None:
         detail = "reloading is off; set DSG_RELOAD_KEY and restart the server to use it"
         raise Problem(401, "no_key", detail, _CHALLENGE)
-    if not _is_one_of(_bearer(request), [key]):
+    if not _is_one_of([_bearer(request)], [key]):
         raise Problem(401, "wrong_key", "the key is missing or wrong; send 'Authorization: Bearer KEY'", _CHALLENGE)
 
 
@@ -31,6 +31,6 @@ def _bearer(request: Request) -> str:
     return given if scheme.lower() == "bearer" else ""
 
 
-def _is_one_of(given: str, keys: Sequence[str]) -> bool:
+def _is_one_of(given: Sequence[str], keys: Sequence[str]) -> bool:
     # All are compared, whichever is right.
-    return any([hmac.compare_digest(given.encode(), key.encode()) for key in keys])
+    return any([hmac.compare_digest(one.encode(), key.encode()) for one in given for key in keys])

@@ -14,6 +14,7 @@ REASONS: dict[int, dict[str, str]] = {
         "empty_picture": "the picture is empty: 0 bytes",
         "broken_picture": "the picture is broken or cut short; send the whole file",
         "broken_multipart": "the multipart body is broken or cut short, or its boundary is missing",
+        "broken_http": "this is not HTTP, or broken",
     },
     401: {
         "no_key": "reloading is off; set DSG_RELOAD_KEY and restart the server to use it",
@@ -48,6 +49,7 @@ REASONS: dict[int, dict[str, str]] = {
         "queue_full": "128 pictures are in work already; try again in 3 s",
         "deadline_unreachable": "what waits already takes longer than allowed; try again in 2 s",
     },
+    431: {"large_headers": "the headers are too large"},
     500: {"internal": "something broke here, not in the request; the log knows it by the X-Request-Id"},
     503: {
         "loading": "the model is still loading; try again soon",
@@ -82,7 +84,12 @@ _PROBLEM = {
         },
     },
 }
-_RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
+_REQUEST_ID = {"X-Request-Id": {"schema": {"type": "string"}, "description": "as in the log"}}
+_HEADERS: dict[int, dict[str, Any]] = {
+    401: {"WWW-Authenticate": {"schema": {"type": "string"}}},
+    405: {"Allow": {"schema": {"type": "string"}, "description": "the methods that there are"}},
+    **dict.fromkeys((429, 503), {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}),
+}
 
 
 def problems(*statuses: int, reload: bool = False) -> dict[int | str, dict[str, Any]]:
@@ -103,9 +110,8 @@ def problems(*statuses: int, reload: bool = False) -> dict[int | str, dict[str, 
             if reload or reason not in _OF_RELOAD
         }
         content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": shown}}
-        entries[status] = {"description": HTTPStatus(status).phrase, "content": content}
-        if status in (429, 503):
-            entries[status]["headers"] = _RETRY_AFTER
+        headers = {**_REQUEST_ID, **_HEADERS.get(status, {})}
+        entries[status] = {"description": HTTPStatus(status).phrase, "content": content, "headers": headers}
     return entries
 
 
@@ -214,6 +220,7 @@ _EXAMPLE = {
 SEGMENT_ANSWER = {
     "description": "a COCO document, or the picture with its masks drawn on it",
     "headers": {
+        **_REQUEST_ID,
         "Server-Timing": {
             "schema": {"type": "string"},
             "description": "milliseconds of decode, queue, infer and encode",

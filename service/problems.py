@@ -105,8 +105,13 @@ def install_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> Response:
         errors = [
-            {"parameter": ".".join(str(part) for part in one["loc"][1:]), "detail": one["msg"]}
+            {"parameter": ".".join(str(part) for part in one["loc"][1:]), "detail": _detail_of(one)}
             for one in error.errors()
         ]
         detail = "; ".join(f"{one['parameter']}: {one['detail']}" for one in errors)
         return await _own(request, Problem(422, "wrong_parameter", detail, errors=errors))
+
+
+def _detail_of(error: dict[str, Any]) -> str:
+    unknown = error["type"] == "extra_forbidden"
+    return "there is no such parameter; /docs lists what there is" if unknown else str(error["msg"])

@@ -1,5 +1,6 @@
 """What a request asks for: query, `Accept`, `X-Timeout-Ms`; checked, joined with the checkpoint's values."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -72,13 +73,20 @@ def _labels(query: SegmentQuery, info: "CheckpointInfo") -> frozenset[int] | Non
     return frozenset(label for label, category in enumerate(info.categories, 1) if category.name in names)
 
 
-def answer_type(accept: str | None) -> str:
+def check_once(request: Request) -> None:
+    """Raise the 422 problem for a query parameter that is given twice: only one of its values could count."""
+    for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if count > 1:
+            raise Problem(422, "wrong_parameter", f"{name[:80]} is given {count} times; give it once")
+
+
+def answer_type(accept: str) -> str:
     """`application/json` or `image/png`, what an `Accept` header likes better; JSON where it does not care.
 
     Raises:
         Problem: 406, it likes neither.
     """
-    if not accept or not accept.strip():
+    if not accept.strip():
         return JSON
     preference = {JSON: 0.0, PNG: 0.0}
     how_exactly = {JSON: 0, PNG: 0}
@@ -91,6 +99,7 @@ def answer_type(accept: str | None) -> str:
                     quality = float(parameter[2:])
                 except ValueError:
                     quality = 0.0
+        quality = quality if 0 <= quality <= 1 else 0.0  # which no comparison with NaN is
         for known in preference:
             exactness = {"*/*": 1, known.split("/")[0] + "/*": 2, known: 3}.get(media, 0)
             if exactness > how_exactly[known]:

@@ -13,7 +13,7 @@ from dsg.service.keys import check_client_key
 from dsg.service.openapi import SEGMENT_ANSWER, SEGMENT_BODY, SEGMENT_HEADERS, problems
 from dsg.service.operations import CurrentService
 from dsg.service.pipeline import Job, answer, while_wanted
-from dsg.service.query import PNG, SegmentQuery, answer_type, timeout_ms, wanted
+from dsg.service.query import PNG, SegmentQuery, answer_type, check_once, timeout_ms, wanted
 
 router = APIRouter()
 
@@ -21,7 +21,7 @@ router = APIRouter()
 @router.post(
     "/segment",
     response_class=Response,
-    responses={200: SEGMENT_ANSWER, **problems(400, 401, 406, 408, 413, 415, 422, 429, 500, 503, 504)},
+    responses={200: SEGMENT_ANSWER, **problems(400, 401, 406, 408, 413, 415, 422, 429, 431, 500, 503, 504)},
     openapi_extra={"requestBody": SEGMENT_BODY, "parameters": SEGMENT_HEADERS},
 )
 async def segment(request: Request, query: Annotated[SegmentQuery, Query()], service: CurrentService) -> Response:
@@ -34,7 +34,8 @@ async def segment(request: Request, query: Annotated[SegmentQuery, Query()], ser
     check_client_key(request, settings.keys)
     service.check_ready()
     picture_type(request)
-    media_type = answer_type(request.headers.get("accept"))
+    check_once(request)
+    media_type = answer_type(",".join(request.headers.getlist("accept")))
     model = service.models.get(query.model)
     asked = wanted(query, model.info)
     # A picture is drawn from RLE, whatever the format of masks asked for.

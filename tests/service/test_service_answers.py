@@ -171,11 +171,18 @@ def test_a_picture_as_answer(server: Server) -> None:
         ("image/png;q=0.1, application/json", "application/json"),
         ("*/*;q=0.8, image/png;q=0", "application/json"),
         ("text/html, image/webp, */*;q=0.1", "application/json"),
+        ("image/png;q=nan, */*;q=0.1", "application/json"),
     ],
 )
 def test_accept_is_negotiated(server: Server, accept: str, kind: str) -> None:
     response = server.post(encoded(picture(BOX)), headers={"Accept": accept})
     assert response.headers["content-type"] == kind
+
+
+def test_accept_in_several_lines_is_one_list(server: Server) -> None:
+    headers = [("accept", "text/html"), ("accept", "image/png"), ("content-type", "image/png")]
+    response = server.client.post("/segment", content=encoded(picture(BOX)), headers=headers)
+    assert response.headers["content-type"] == "image/png"
 
 
 def test_probes_models_page_and_documentation(server: Server) -> None:

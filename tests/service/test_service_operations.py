@@ -28,7 +28,12 @@ def guarded() -> Iterator[Server]:
 
 @pytest.mark.parametrize(
     "headers",
-    [{"Authorization": f"Bearer {KEYS[0]}"}, {"Authorization": f"bearer {KEYS[1]}"}, {"X-API-Key": KEYS[1]}],
+    [
+        {"Authorization": f"Bearer {KEYS[0]}"},
+        {"Authorization": f"bearer {KEYS[1]}"},
+        {"X-API-Key": KEYS[1]},
+        {"Authorization": "Bearer of another gate", "X-API-Key": KEYS[1]},
+    ],
 )
 def test_with_a_key(guarded: Server, headers: dict[str, str]) -> None:
     assert guarded.post(GOOD, headers=headers).status_code == 200

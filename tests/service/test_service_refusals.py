@@ -180,6 +180,8 @@ def test_415_content_and_encoding(small: Server) -> None:
         ("model=other", "unknown_model"),
         ("model=../fake", "unknown_model"),
         ("score_treshold=0.5", "wrong_parameter"),
+        ("max_detections=3&max_detections=5", "wrong_parameter"),
+        ("categories=red&categories=red", "wrong_parameter"),
     ],
 )
 def test_422_query(small: Server, query: str, reason: str) -> None:
