@@ -12,7 +12,9 @@ from dsg.service.metrics import Metrics
 from dsg.service.problems import CLIENT_GONE, Problem
 
 _LONGEST_WAIT_S = 60
-_MEMORY = 15 / 16  # weight of the past in a running mean; the pictures of a batch leave all at once
+# Of a running mean: the past counts for about so many that left, since the pictures of a batch leave all at once, but
+# not for longer than so many seconds, since a slow service is to be known before many have left.
+_MEMORY, _MEMORY_S = 16, 4.0
 _CAUTION = 1.25  # about half of all stay longer than the mean
 
 
@@ -77,7 +79,8 @@ class Flow:
 
     def __init__(self) -> None:
         self._count = 0
-        self._gap_s = 0.0
+        # What has left lately, and in how much time; the older, the less it counts.
+        self._departures, self._seconds = float(_MEMORY), 0.0
         self._left: float | None = None  # when the last one did; None where nothing was in work since
 
     @contextmanager
@@ -103,11 +106,16 @@ class Flow:
         """0 where nothing is in work: an idle service tries whatever it is asked."""
         return _CAUTION * (self._count + 1) * self._gap_s if self._count else 0.0
 
+    @property
+    def _gap_s(self) -> float:
+        return self._seconds / self._departures
+
     def _has_left(self, came: float, now: float) -> None:
         # The first one after nothing was in work has no gap before it. Its own stay is the most that one can be, and is
         # heeded where that is less: a mean that has become too long would let in no two that could shorten it.
         gap_s = min(self._gap_s, now - came) if self._left is None else now - self._left
-        self._gap_s = _MEMORY * self._gap_s + (1 - _MEMORY) * gap_s
+        past = min(1 - 1 / _MEMORY, math.exp(-gap_s / _MEMORY_S))
+        self._departures, self._seconds = past * self._departures + 1, past * self._seconds + gap_s
         self._left = now
 
 

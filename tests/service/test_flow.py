@@ -154,6 +154,19 @@ def test_what_is_given_up_says_nothing_of_what_is_done(clock: Clock) -> None:
         assert flow.seconds_for_one_more() == pytest.approx(1.25 * 2 * 1.0, rel=0.01)
 
 
+def test_a_service_that_slows_down_is_known_to_be_slow_within_seconds(clock: Clock) -> None:
+    flow = Flow()
+    with flow.one():
+        for _ in range(200):
+            with flow.one():
+                clock.now += 0.25
+        assert flow.seconds_for_one_more() == pytest.approx(1.25 * 2 * 0.25, rel=0.01)
+        for _ in range(6):
+            with flow.one():
+                clock.now += 1.0
+        assert flow.seconds_for_one_more() > 1.25 * 2 * 0.6
+
+
 def test_heavy_requests_are_forgotten_though_light_ones_come_alone(clock: Clock) -> None:
     flow = Flow()
     with flow.one():
@@ -183,4 +196,4 @@ def test_an_idle_service_tries_whatever_it_is_asked(clock: Clock) -> None:
         clock.now += 16.0
     assert flow.seconds_for_one_more() == 0.0
     with flow.one():
-        assert flow.seconds_for_one_more() == pytest.approx(1.25 * 2 * 16.0 / 16)
+        assert flow.seconds_for_one_more() == pytest.approx(1.25 * 2 * 16.0 / (1 + 16 * math.exp(-16.0 / 4)))
