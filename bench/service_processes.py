@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 WRONG_INPUT = 2
 """Exit status of a peer whose model is at fault; its last line on stderr says how."""
@@ -44,7 +46,7 @@ class Running:
 
 @contextmanager
 def serving(what: str, setup: Setup, deadline_s: float) -> Iterator[Running]:
-    """Run `dsg`, `litserve` or `plain` on 127.0.0.1 as long as the block does.
+    """Run `dsg`, `litserve` or `plain` on 127.0.0.1 as long as the block does, or until SIGTERM ends this process.
 
     LitServe is given the deadline at its start; ours hears it with each request.
 
@@ -63,24 +65,43 @@ def serving(what: str, setup: Setup, deadline_s: float) -> Iterator[Running]:
     if setup.proposals is not None:
         environment["DSG_PROPOSALS"] = str(setup.proposals)
     began = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    with _signal_raises():
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            _wait_ready(process, f"http://127.0.0.1:{port}{probe}", what)
+            yield Running(port, time.monotonic() - began, process.pid)
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_S)
+            # LitServe's own processes outlive it; those of a server are all of one group.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextmanager
+def _signal_raises() -> Iterator[None]:
+    """Have SIGTERM unwind this process, which would leave its server running otherwise: that is of another session."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not cut off the end of the server
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        _wait_ready(process, f"http://127.0.0.1:{port}{probe}", what)
-        yield Running(port, time.monotonic() - began, process.pid)
+        yield
     finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_END_S)
-        # LitServe's own processes outlive it; those of a server are all of one group.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def in_process(setup: Setup, pictures: Path, seconds: float) -> tuple[float, float]:
@@ -91,7 +112,8 @@ def in_process(setup: Setup, pictures: Path, seconds: float) -> tuple[float, flo
         RuntimeError: one that does not run.
     """
     command = [*_peer("inprocess", setup), "--pictures", str(pictures), "--seconds", str(seconds)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    with _signal_raises():
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
     said = ran.stderr.strip().rpartition("\n")[2]
     if ran.returncode == WRONG_INPUT:
         raise ValueError(said)

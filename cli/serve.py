@@ -1,5 +1,11 @@
 """`dsg serve`: the HTTP service."""
 
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import typer
@@ -24,18 +30,51 @@ def serve(
     ] = None,
 ) -> None:
     """Start the server. Every other setting is an environment variable DSG_*; the README lists them."""
-    from pydantic import ValidationError
+    with _signals_end_it():
+        from pydantic import ValidationError
 
-    from dsg.service.run import serve as run_server
-    from dsg.service.settings import Settings
+        from dsg.service.run import serve as run_server
+        from dsg.service.settings import Settings
 
-    given: dict[str, Any] = {"model": model, "host": host, "port": port, "device": device, "devices": devices}
-    given |= {"engine": engine, "ray_address": address, "replicas": replicas}
+        given: dict[str, Any] = {"model": model, "host": host, "port": port, "device": device, "devices": devices}
+        given |= {"engine": engine, "ray_address": address, "replicas": replicas}
+        try:
+            settings = Settings(**{name: value for name, value in given.items() if value is not None})
+        except ValidationError as error:
+            said = [(one["loc"], one["msg"].removeprefix("Value error, ")) for one in error.errors()]
+            wrong = [f"DSG_{str(loc[0]).upper()}: {message}" if loc else message for loc, message in said]
+            raise ValueError(f"wrong setting, {'; '.join(wrong)}") from None
+        before = threading.enumerate()
+        run_server(settings)
+        if any(thread not in before for thread in threading.enumerate()):
+            _end()
+
+
+@contextlib.contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """Have a signal end the process with 0 while there is nothing to finish: before the server handles it, and after.
+
+    The first process of a container would not hear it otherwise. A server that was told to outlive its terminal
+    (`nohup`) does.
+    """
+    numbers = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: os._exit(0))
     try:
-        settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        wrong = [
-            f"DSG_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}".removeprefix("DSG_: ") for e in error.errors()
-        ]
-        raise ValueError(f"wrong setting, {'; '.join(wrong)}") from None
-    run_server(settings)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _end() -> None:
+    """End the process at once: Python would wait for threads that are in the middle of what was given up."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+    os._exit(0)

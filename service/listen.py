@@ -1,5 +1,6 @@
 """The port of a server, and the error of one that cannot start."""
 
+import errno
 import socket
 
 
@@ -20,5 +21,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        raise ServiceError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
+        hint = "choose another port"
+        if error.errno == errno.EADDRNOTAVAIL:
+            hint = "an address of this machine is needed, or 0.0.0.0 for all that it has"
+        raise ServiceError(f"cannot listen on {host}:{port}: {error.strerror}; {hint}") from None
     return listener

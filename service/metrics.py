@@ -59,7 +59,12 @@ class Metrics:
             ["name", "version", "hash", "licence"],
             registry=self.registry,
         )
-        self.reloads = Counter("dsg_model_reloads", "Reloads asked for", ["result"], registry=self.registry)
+        self.reloads = Counter(
+            "dsg_model_reloads",
+            "Reloads by what came of them; one that is refused before anything is loaded is none",
+            ["result"],
+            registry=self.registry,
+        )
 
     def _of_queue_and_batches(self) -> None:
         self.accepted = Gauge("dsg_accepted_pictures", "Pictures accepted and not answered yet", registry=self.registry)

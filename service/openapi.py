@@ -88,7 +88,7 @@ _REQUEST_ID = {"X-Request-Id": {"schema": {"type": "string"}, "description": "as
 _HEADERS: dict[int, dict[str, Any]] = {
     401: {"WWW-Authenticate": {"schema": {"type": "string"}}},
     405: {"Allow": {"schema": {"type": "string"}, "description": "the methods that there are"}},
-    **dict.fromkeys((429, 503), {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}),
+    **{status: {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}} for status in (429, 503)},
 }
 
 

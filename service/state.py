@@ -26,7 +26,7 @@ from dsg.service.warm_up import warm_up_batches
 _log = structlog.get_logger("dsg.service")
 _Given = TypeVar("_Given")
 _Result = TypeVar("_Result")
-_CLOSE_S = 2.0  # what is left on the devices at the end: at most the batches of requests that were given up
+_CLOSE_S = 0.5  # what is left on the devices at the end: at most the batches of requests that were given up
 _LAG_PERIOD_S = 0.1
 
 
@@ -42,6 +42,7 @@ class Service:
         self.metrics = Metrics()
         self.tracing = Tracing(settings.tracing)
         self._devices: list[Device] = choose_devices(settings, load_predictor)
+        self._started: list[Device] = []
         self.models = Models(load_predictor, self._devices, settings.model_dir, self.metrics)
         self.batcher = Batcher(
             self._devices,
@@ -77,6 +78,7 @@ class Service:
         self.models.check_names(self.settings.models)
         for device in self._devices:
             device.start()
+            self._started.append(device)
         self.batcher.start()
         for asked in self.settings.models:
             try:
@@ -89,15 +91,16 @@ class Service:
         self._warm = True
 
     async def stop(self) -> None:
-        """Fail what still waits, end the threads and processes."""
+        """Fail what still waits, end the threads and processes.
+
+        A thread that is in the middle of a picture, a batch or a model goes on after that, for no one.
+        """
         self.drain()
         if self._watch is not None:
             self._watch.cancel()
         for pool in (self._decoders, self._encoders, self._loader):
             pool.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self.batcher.close, _CLOSE_S)
-        await asyncio.gather(*(asyncio.to_thread(device.close) for device in self._devices))
-        self.tracing.close()
+        await asyncio.gather(self._close_devices(), asyncio.to_thread(self.tracing.close))
 
     def drain(self) -> None:
         """Take no new work from now on; what is in flight goes on."""
@@ -182,6 +185,10 @@ class Service:
         info = model.info
         _log.info("model ready", model=model.name, version=info.version, hash=info.hash[:12], licence=info.licence)
         return model
+
+    async def _close_devices(self) -> None:
+        await asyncio.to_thread(self.batcher.close, _CLOSE_S)
+        await asyncio.gather(*(asyncio.to_thread(device.close) for device in self._started))
 
     async def _watch_event_loop(self) -> None:
         """Measure how late the loop wakes: whatever blocks it shows here."""

@@ -4,9 +4,12 @@ A request's span is the child of the caller's (`traceparent`); its stages are ch
 `Server-Timing` says. Nothing is measured twice, and nothing is done where tracing is off.
 """
 
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
+
+_CLOSE_S = 1.0  # for the last spans: a collector that is not there would be asked again and again
 
 
 class Tracing:
@@ -31,7 +34,8 @@ class Tracing:
         except ImportError:
             raise ValueError("tracing needs OpenTelemetry: pip install 'dsg[tracing]'") from None
         # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES go before this.
-        self._provider = TracerProvider(resource=Resource.create({"service.name": "dsg"}))
+        # It would wait for its collector at Python's end, too, however long.
+        self._provider = TracerProvider(resource=Resource.create({"service.name": "dsg"}), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
 
     def record(
@@ -77,6 +81,8 @@ class Tracing:
         span.end(end)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left, within a second; what takes longer is lost."""
         if self._provider is not None:
-            self._provider.shutdown()
+            thread = threading.Thread(target=self._provider.shutdown, name="dsg-tracing", daemon=True)
+            thread.start()
+            thread.join(_CLOSE_S)

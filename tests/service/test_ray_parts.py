@@ -155,7 +155,7 @@ def test_a_body_that_is_too_large_ends_at_the_proxy(
     [
         ({"replicas": "2"}, "engine ray"),
         ({"ray_address": "auto"}, "engine ray"),
-        ({"engine": "ray", "devices": "all"}, "devices is for the engine own"),
+        ({"engine": "ray", "devices": "all"}, "DSG_DEVICES is for the engine own"),
         ({"engine": "ray", "device": "cuda:1"}, "say cuda"),
         ({"engine": "ray", "replicas": "3-2"}, "the least comes first"),
         ({"engine": "ray", "replicas": "0"}, "replicas"),

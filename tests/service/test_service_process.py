@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import structlog
-from service_fakes import encoded, picture
+from service_fakes import FakePredictor, encoded, picture
 
 from dsg.service.run import ServiceError, serve
 from dsg.service.settings import Settings
@@ -84,7 +84,8 @@ def process() -> Iterator[Process]:
     running.close()
 
 
-def test_sigterm_finishes_what_is_in_flight_and_exits_0(process: Process) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_what_is_in_flight_and_exits_0(process: Process, number: signal.Signals) -> None:
     assert process.serving["models"] == "fake" and process.serving["kernel"]
     answers: queue.Queue[httpx.Response] = queue.Queue()
     waiting = encoded(picture((20, 10, 60, 40), size=(97, 64)))
@@ -97,7 +98,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(process: Process) -> Non
     threading.Thread(target=ask, daemon=True).start()
     assert process.process.stdout.readline() == "entered\n"
     assert httpx.get(f"{process.url}/readyz").status_code == 200
-    process.process.send_signal(signal.SIGTERM)
+    process.process.send_signal(number)
     assert process.await_event("draining")["requests"] == 1
     response = httpx.get(f"{process.url}/readyz")
     assert (response.status_code, response.json()["reason"]) == (503, "draining")
@@ -167,6 +168,29 @@ def test_a_taken_port_is_one_line() -> None:
 
 
 @pytest.mark.usefixtures("_log_as_before")
+def test_an_address_of_another_machine_is_one_line() -> None:
+    with pytest.raises(ServiceError, match=r"cannot listen on 203.0.113.1:80: .*an address of this machine") as caught:
+        serve(Settings(host="203.0.113.1", port=80))  # of a network that is for documents alone
+    assert "another port" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("_log_as_before")
+def test_a_word_for_the_op_that_means_nothing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSG_OPS", "bogus")
+    with pytest.raises(ServiceError, match="DSG_OPS is 'bogus'; set reference"):
+        serve(Settings(port=0), lambda name, device: pytest.fail("nothing is loaded"))
+
+
+@pytest.mark.usefixtures("_log_as_before")
+def test_without_a_folder_for_torch_to_write_to_the_line_says_so() -> None:
+    def load(name: str, device: str | None) -> FakePredictor:
+        raise FileNotFoundError("No usable temporary directory found in ['/tmp']")  # as Python's tempfile does
+
+    with pytest.raises(ServiceError, match=r"cannot load fake: .*\['/tmp'\]; .*mount /tmp, or set TMPDIR"):
+        serve(Settings(model="fake", device="cpu", port=0), load)
+
+
+@pytest.mark.usefixtures("_log_as_before")
 def test_an_unknown_host_is_one_line() -> None:
     with pytest.raises(ServiceError, match="cannot listen on no such host"):
         serve(Settings(host="no such host", port=0))
@@ -180,41 +204,11 @@ def test_a_model_that_does_not_load_is_one_line() -> None:
 
 
 @pytest.mark.usefixtures("_log_as_before")
-def test_two_models_of_one_name_are_refused_before_any_is_loaded() -> None:
-    settings = Settings(model="runs/a/best.safetensors,other,runs/b/best.safetensors", port=0)
+@pytest.mark.parametrize("workers", ["thread", "process"])
+def test_two_models_of_one_name_are_refused_before_any_is_loaded(workers: str) -> None:
+    names = "runs/a/best.safetensors,other,runs/b/best.safetensors"
+    settings = Settings(model=names, port=0, device="cpu", workers=workers)
     with pytest.raises(ServiceError, match=r"'best'.*rename one file.*DSG_MODEL_DIR") as caught:
         serve(settings, lambda name, device: pytest.fail("nothing is loaded"))
     message = str(caught.value)
     assert "runs/a/best.safetensors and runs/b/best.safetensors" in message and "\n" not in message
-
-
-def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DSG_PORT", "9000")
-    monkeypatch.setenv("DSG_MODEL", "one, two")
-    monkeypatch.setenv("DSG_MODEL_DIR", "")
-    settings = Settings(port=9001)
-    assert (settings.port, settings.models, settings.model_dir) == (9001, ["one", "two"], None)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"port": 70000},
-        {"max_pixels": 10**9},
-        {"max_queue": 4},
-        {"model": "a,,b"},
-        {"reload_key": "short"},
-    ],
-)
-def test_impossible_settings_are_refused(values: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(values)).replace("max_queue", "max_pictures")):
-        Settings(**values)
-
-
-def test_every_setting_says_its_default_and_is_in_the_readme() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    for name, field in Settings.model_fields.items():
-        assert f"`DSG_{name.upper()}`" in readme, name
-        assert field.description and "default" in field.description, name
-        if isinstance(field.default, (int, str)):
-            assert str(field.default) in field.description, name
