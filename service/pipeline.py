@@ -51,6 +51,8 @@ class Opened:
     """Emptied once they are decoded."""
     waiting: list[Future[Outcome]]
     """What a device makes of the only one; where there are several they have yet to be decoded, side by side."""
+    decoded: float
+    """When the only one was, on the clock of `time.monotonic`."""
 
 
 async def answer(
@@ -70,8 +72,12 @@ async def answer(
     log.update(model=job.model.name, bytes=len(body[0]))
     with _named_problems(service):
         opened = await service.decoding(partial(_open, service, job, body, hold, log))
-        waiting = opened.waiting or _submit(service, job, hold, await _decode(service, job, opened.uploads))
-        decoded = time.monotonic()
+        waiting, decoded = opened.waiting, opened.decoded
+        if not waiting:
+            pictures = await _decode(service, job, opened.uploads)
+            decoded = time.monotonic()
+            waiting = _submit(service, job, hold, pictures)
+            pictures.clear()  # the devices have them, and let go of them
         names = [upload.name for upload in opened.uploads]
         drawn_on = opened.uploads[0].data if job.media_type == PNG else b""
         opened.uploads.clear()  # whoever waits for the device keeps a resized picture, and no file of many megabytes
@@ -79,10 +85,11 @@ async def answer(
             hold.give_back("bytes")
         content = await service.encoding_of(waiting, partial(_encode, service, job, names, drawn_on))
     outcomes = [future.result() for future in waiting]
+    last = max(outcomes, key=lambda outcome: outcome.known)  # of one picture, so that they follow one another
     stages["decode"] = decoded - started
-    stages["queue"] = max(outcome.queue_s for outcome in outcomes)
-    stages["infer"] = max(outcome.infer_s for outcome in outcomes)
-    stages["encode"] = time.monotonic() - max(outcome.known for outcome in outcomes)
+    stages["queue"] = last.queue_s
+    stages["infer"] = last.infer_s
+    stages["encode"] = time.monotonic() - last.known
     for stage, seconds in stages.items():
         service.metrics.stages.labels(stage).observe(seconds)
         log[f"{stage}_ms"] = round(seconds * 1000, 1)
@@ -132,8 +139,10 @@ def _open(service: Service, job: Job, body: list[bytes], hold: Hold, log: dict[s
     hold.take("pictures", len(uploads))
     hold.take("pixels", sum(pixels_of(upload.data, settings.max_pixels) for upload in uploads))
     if len(uploads) > 1:
-        return Opened(uploads, [])
-    return Opened(uploads, _submit(service, job, hold, [_prepare(settings, job, uploads[0].data)]))
+        return Opened(uploads, [], 0.0)
+    picture = _prepare(settings, job, uploads[0].data)
+    decoded = time.monotonic()
+    return Opened(uploads, _submit(service, job, hold, [picture]), decoded)
 
 
 def _prepare(settings: Settings, job: Job, data: bytes) -> "PreparedImage":

@@ -2,6 +2,8 @@
 
 import io
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +139,21 @@ def test_headers_say_where_the_time_went_and_which_request_it_was(server: Server
     assert all(float(value) >= 0 for _, value in stages)
     made_up = server.post(encoded(picture()), headers={"X-Request-Id": "a\tb"}).headers["x-request-id"]
     assert len(made_up) == 32
+
+
+def test_the_stages_of_a_request_follow_one_another(server: Server) -> None:
+    shapes = [encoded(picture(BOX, size=(96, height))) for height in (64, 96, 128)]
+
+    def spare_ms(number: int) -> float:
+        files = [("image", (f"{one}.png", data, "image/png")) for one, data in enumerate(shapes[: 1 + number % 3])]
+        began = time.perf_counter()
+        response = server.client.post("/segment", files=files)
+        took_ms = 1000 * (time.perf_counter() - began)
+        parts = response.headers["server-timing"].split(", ")
+        return took_ms - sum(float(part.partition(";dur=")[2]) - 0.05 for part in parts)  # as it is rounded
+
+    with ThreadPoolExecutor(16) as clients:
+        assert min(clients.map(spare_ms, range(150))) > 0
 
 
 @pytest.mark.parametrize("value", ["1000000", "1000000000", "9" * 5000, "0" * 20 + "60000"])
