@@ -46,7 +46,7 @@ def serve(
             raise ValueError(f"wrong setting, {'; '.join(wrong)}") from None
         before = threading.enumerate()
         run_server(settings)
-        if any(thread not in before for thread in threading.enumerate()):
+        if any(thread not in before and not thread.daemon for thread in threading.enumerate()):
             _end()
 
 

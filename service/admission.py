@@ -1,5 +1,6 @@
 """How much the service holds at once: pictures, pixels and bytes that are accepted, and not answered yet."""
 
+import asyncio
 import math
 import threading
 import time
@@ -91,9 +92,12 @@ class Flow:
         is_done = True
         try:
             yield
-        except (Problem, CancelledError) as error:
+        except (asyncio.CancelledError, CancelledError):
+            is_done = False
+            raise
+        except Problem as problem:
             # One that is given up makes room, and says nothing of how long those take that are not.
-            is_done = isinstance(error, Problem) and error.status not in (CLIENT_GONE, 504)
+            is_done = problem.status not in (CLIENT_GONE, 504)
             raise
         finally:
             self._count -= 1
