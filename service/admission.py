@@ -96,8 +96,8 @@ class Flow:
             is_done = False
             raise
         except Problem as problem:
-            # One that is given up makes room, and says nothing of how long those take that are not.
-            is_done = problem.status not in (CLIENT_GONE, 504)
+            # One that is given up or has no room says nothing of how long those take that are done.
+            is_done = problem.status not in (CLIENT_GONE, 429, 504)
             raise
         finally:
             self._count -= 1

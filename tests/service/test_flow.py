@@ -3,6 +3,7 @@
 import heapq
 import math
 import random
+from asyncio import CancelledError
 from collections import deque
 from contextlib import ExitStack
 
@@ -10,7 +11,7 @@ import pytest
 
 from dsg.service import admission
 from dsg.service.admission import Flow
-from dsg.service.problems import deadline_passed
+from dsg.service.problems import CLIENT_GONE, Problem, deadline_passed
 
 
 class Clock:
@@ -24,11 +25,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def leave(stays: ExitStack, is_late: bool) -> None:
+def leave(stays: ExitStack, is_late: bool, error: BaseException | None = None) -> None:
     if not is_late:
         stays.close()
         return
-    error = deadline_passed()
+    error = error or deadline_passed()
     assert not stays.__exit__(type(error), error, None)
 
 
@@ -139,7 +140,11 @@ def test_batches_make_a_device_quicker_the_more_waits(clock: Clock, seed: int) -
     assert device.in_time > 0.95 * 20 * device.capacity and device.late < 0.02 * 20 * device.capacity
 
 
-def test_what_is_given_up_says_nothing_of_what_is_done(clock: Clock) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [deadline_passed(), Problem(CLIENT_GONE, "client_gone", ""), Problem(429, "queue_full", ""), CancelledError()],
+)
+def test_what_is_given_up_says_nothing_of_what_is_done(clock: Clock, error: BaseException) -> None:
     flow = Flow()
     with ExitStack() as always:
         always.enter_context(flow.one())
@@ -148,7 +153,7 @@ def test_what_is_given_up_says_nothing_of_what_is_done(clock: Clock) -> None:
                 stays = ExitStack()
                 stays.enter_context(flow.one())
                 clock.now += 0.25
-                leave(stays, is_late=True)
+                leave(stays, is_late=True, error=error)
             with flow.one():
                 pass
         assert flow.seconds_for_one_more() == pytest.approx(1.25 * 2 * 1.0, rel=0.01)
