@@ -5,6 +5,7 @@ import sys
 
 from dsg.service.devices import Device, LoadPredictor
 from dsg.service.local_device import LocalDevice
+from dsg.service.setting_checks import parts
 from dsg.service.settings import Settings
 from dsg.service.worker_device import WorkerDevice
 
@@ -33,7 +34,7 @@ def _names(settings: Settings) -> list[str | None]:
         if not names:
             raise ValueError("devices is all, and no GPU is to be seen; name them, or use device cpu")
         return [*names]
-    return [part.strip() for part in settings.devices.split(",")]
+    return [*parts(settings.devices)]
 
 
 def _kind(settings: Settings, names: list[str | None]) -> str:

@@ -21,16 +21,6 @@ FAR = 1e12
 WAIT = 60
 
 
-@pytest.fixture
-def metrics() -> Metrics:
-    return Metrics()
-
-
-@pytest.fixture
-def predictor() -> FakePredictor:
-    return FakePredictor()
-
-
 class Rig:
     """A batcher of one device of this process, or of several, and predictors as models on it."""
 

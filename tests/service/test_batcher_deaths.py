@@ -13,16 +13,6 @@ from dsg.service.metrics import Metrics
 from dsg.service.models import ServedModel
 
 
-@pytest.fixture
-def metrics() -> Metrics:
-    return Metrics()
-
-
-@pytest.fixture
-def predictor() -> FakePredictor:
-    return FakePredictor()
-
-
 class Mortal(LocalDevice):
     """Stands for a worker that dies over its first batches, and then as often as the test says while it starts."""
 

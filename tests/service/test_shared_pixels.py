@@ -4,14 +4,12 @@ import contextlib
 import gc
 import os
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from service_fakes import load_faulty
 from test_worker_device import prepared, shared
 
 from dsg.model.network.predictor import PreparedImage
@@ -39,15 +37,6 @@ def test_pixels_are_shared_as_they_are(pixels: torch.Tensor | np.ndarray) -> Non
     assert type(again) is type(pixels) and again.shape == pixels.shape and (again == pixels).all()
     if pixels.shape == (3, 2, 5):
         assert np.asarray(again).strides == np.asarray(pixels).strides  # not turned round
-
-
-@pytest.fixture
-def device() -> Iterator[WorkerDevice]:
-    device = WorkerDevice("cpu", load_faulty, threads=1)
-    device.start()
-    device.load(0, "fake")
-    yield device
-    device.close()
 
 
 @pytest.fixture

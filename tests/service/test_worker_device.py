@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,15 +42,6 @@ from dsg.service.worker_device import WorkerDevice
 
 WAIT = 120
 FAR = 1e12
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[WorkerDevice]:
-    device = WorkerDevice("cpu", load_faulty, threads=1)
-    device.start()
-    device.load(0, "fake")
-    yield device
-    device.close()
 
 
 def prepared(colour: tuple[int, int, int] | None = None, left: int = 20) -> PreparedImage:
