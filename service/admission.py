@@ -1,22 +1,17 @@
 """How much the service holds at once: pictures, pixels and bytes that are accepted, and not answered yet."""
 
-import asyncio
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from typing import Any
 
+from dsg.service.flow import Flow
 from dsg.service.metrics import Metrics
-from dsg.service.problems import CLIENT_GONE, Problem
+from dsg.service.problems import Problem
 
 _LONGEST_WAIT_S = 60
-# Of a running mean: the past counts for about so many that left, since the pictures of a batch leave all at once, but
-# not for longer than so many seconds, since a slow service is to be known before many have left.
-_MEMORY, _MEMORY_S = 16, 4.0
-_CAUTION = 1.25  # about half of all stay longer than the mean
 
 
 class Hold:
@@ -70,57 +65,6 @@ class Hold:
     def _cancel(self) -> None:
         for future in self._futures:
             future.cancel()
-
-
-class Flow:
-    """How long a request that came now would stay, by Little's law: as many gaps between two that leave as are in work.
-
-    Whatever holds requests up counts, decoding as much as devices. All calls come from the event loop.
-    """
-
-    def __init__(self) -> None:
-        self._count = 0
-        # What has left lately, and in how much time; the older, the less it counts.
-        self._departures, self._seconds = float(_MEMORY), 0.0
-        self._left: float | None = None  # when the last one did; None where nothing was in work since
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """A request, in work as long as the block runs."""
-        came = time.monotonic()
-        self._count += 1
-        is_done = True
-        try:
-            yield
-        except (asyncio.CancelledError, CancelledError):
-            is_done = False
-            raise
-        except Problem as problem:
-            # One that is given up or has no room says nothing of how long those take that are done.
-            is_done = problem.status not in (CLIENT_GONE, 429, 504)
-            raise
-        finally:
-            self._count -= 1
-            if is_done:
-                self._has_left(came, time.monotonic())
-            if not self._count:
-                self._left = None
-
-    def seconds_for_one_more(self) -> float:
-        """0 where nothing is in work: an idle service tries whatever it is asked."""
-        return _CAUTION * (self._count + 1) * self._gap_s if self._count else 0.0
-
-    @property
-    def _gap_s(self) -> float:
-        return self._seconds / self._departures
-
-    def _has_left(self, came: float, now: float) -> None:
-        # The first one after nothing was in work has no gap before it. Its own stay is the most that one can be, and is
-        # heeded where that is less: a mean that has become too long would let in no two that could shorten it.
-        gap_s = min(self._gap_s, now - came) if self._left is None else now - self._left
-        past = min(1 - 1 / _MEMORY, math.exp(-gap_s / _MEMORY_S))
-        self._departures, self._seconds = past * self._departures + 1, past * self._seconds + gap_s
-        self._left = now
 
 
 class Admission:

@@ -1,16 +1,20 @@
 """How long a request would stay, beside a queue worked out event by event."""
 
 import heapq
+import itertools
 import math
 import random
 from asyncio import CancelledError
 from collections import deque
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import partial
 
+import numpy as np
 import pytest
 
-from dsg.service import admission
-from dsg.service.admission import Flow
+from dsg.service import flow as flow_module
+from dsg.service.flow import Flow
 from dsg.service.problems import CLIENT_GONE, Problem, deadline_passed
 
 
@@ -21,7 +25,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(admission.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(flow_module.time, "monotonic", lambda: clock.now)
     return clock
 
 
@@ -40,9 +44,12 @@ class Line:
     def __init__(self, clock: Clock, seconds: float, deadline_s: float, careful: bool) -> None:
         self._clock, self._seconds, self._deadline_s, self._careful = clock, seconds, deadline_s, careful
         self.in_time = self.late = self.refused = 0
+        self.flow = Flow()
+        self.stays: list[tuple[int, float]] = []
+        """Of those that were in time: how many were in work when one came, itself included, and how long it stayed."""
 
     def run(self, arrivals: list[float]) -> None:
-        flow, free = Flow(), 0.0
+        flow, free = self.flow, 0.0
         leaving: list[tuple[float, int, bool, ExitStack]] = []
         for number, came in enumerate([*arrivals, math.inf]):
             while leaving and leaving[0][0] <= came:
@@ -61,46 +68,65 @@ class Line:
             self.late, self.in_time = self.late + is_late, self.in_time + (not is_late)
             stays = ExitStack()
             stays.enter_context(flow.one())
+            if not is_late:
+                self.stays.append((len(leaving) + 1, begins + self._seconds - came))
             heapq.heappush(leaving, (min(begins + self._seconds, gives_up), number, is_late, stays))
 
 
 class Batches:
-    """A device that runs what waits in batches of up to four, each of which has a price of its own."""
+    """A device that runs what waits in batches of up to four, each of which has a price of its own; before and after
+    it each request takes a time beside the others."""
 
     capacity = 4 / (0.002 + 4 * 0.004)
 
-    def __init__(self, clock: Clock, deadline_s: float) -> None:
-        self._clock, self._deadline_s = clock, deadline_s
+    def __init__(self, clock: Clock, deadline_s: float, around_s: float = 0.0) -> None:
+        self._clock, self._deadline_s, self._around_s = clock, deadline_s, around_s
         self.in_time = self.late = self.refused = 0
+        self._flow = Flow()
+        self._waiting: deque[tuple[float, ExitStack]] = deque()
+        self._is_free = True
+        self._order = itertools.count()
+        self._coming: list[tuple[float, int, Callable[[], None]]] = []
 
     def run(self, arrivals: list[float]) -> None:
-        flow, ends = Flow(), math.inf
-        waiting: deque[tuple[float, ExitStack]] = deque()
-        running: list[tuple[float, ExitStack]] = []
-        for came in [*arrivals, math.inf]:
-            while ends <= came and running:
-                self._clock.now = ends
-                for start, stays in running:
-                    stays.close()
-                    is_late = ends - start > self._deadline_s
-                    self.late, self.in_time = self.late + is_late, self.in_time + (not is_late)
-                running, ends = self._next(waiting)
-            if came == math.inf:
-                return
-            self._clock.now = came
-            if flow.seconds_for_one_more() > self._deadline_s:
-                self.refused += 1
-                continue
-            stays = ExitStack()
-            stays.enter_context(flow.one())
-            waiting.append((came, stays))
-            if not running:
-                running, ends = self._next(waiting)
+        for came in arrivals:
+            self._at(came, self._come)
+        while self._coming:
+            self._clock.now, _, happens = heapq.heappop(self._coming)
+            happens()
 
-    def _next(self, waiting: deque[tuple[float, ExitStack]]) -> tuple[list[tuple[float, ExitStack]], float]:
-        count = next((size for size in (4, 2, 1) if size <= len(waiting)), 0)
-        ends = self._clock.now + 0.002 + count * 0.004 if count else math.inf
-        return [waiting.popleft() for _ in range(count)], ends
+    def _at(self, when: float, happens: Callable[[], None]) -> None:
+        heapq.heappush(self._coming, (when, next(self._order), happens))
+
+    def _come(self) -> None:
+        if self._flow.seconds_for_one_more() > self._deadline_s:
+            self.refused += 1
+            return
+        stays = ExitStack()
+        stays.enter_context(self._flow.one())
+        self._at(self._clock.now + self._around_s, partial(self._wait, (self._clock.now, stays)))
+
+    def _wait(self, request: tuple[float, ExitStack]) -> None:
+        self._waiting.append(request)
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._is_free and self._waiting:
+            self._is_free = False
+            count = next(size for size in (4, 2, 1) if size <= len(self._waiting))
+            batch = [self._waiting.popleft() for _ in range(count)]
+            self._at(self._clock.now + 0.002 + count * 0.004, partial(self._end, batch))
+
+    def _end(self, batch: list[tuple[float, ExitStack]]) -> None:
+        self._is_free = True
+        self._begin()
+        for request in batch:
+            self._at(self._clock.now + self._around_s, partial(self._leave, *request))
+
+    def _leave(self, came: float, stays: ExitStack) -> None:
+        is_late = self._clock.now - came > self._deadline_s
+        leave(stays, is_late)
+        self.late, self.in_time = self.late + is_late, self.in_time + (not is_late)
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
@@ -140,51 +166,59 @@ def test_batches_make_a_device_quicker_the_more_waits(clock: Clock, seed: int) -
     assert device.in_time > 0.95 * 20 * device.capacity and device.late < 0.02 * 20 * device.capacity
 
 
-@pytest.mark.parametrize(
-    "error",
-    [deadline_passed(), Problem(CLIENT_GONE, "client_gone", ""), Problem(429, "queue_full", ""), CancelledError()],
-)
-def test_what_is_given_up_says_nothing_of_what_is_done(clock: Clock, error: BaseException) -> None:
+def stay(flow: Flow, clock: Clock, seconds: float, error: BaseException | None = None) -> None:
+    """One request that stays so long, beside what is in work."""
+    with suppress(BaseException if error else ()), flow.one():
+        clock.now += seconds
+        if error:
+            raise error
+
+
+FAILURES = [
+    deadline_passed(),
+    Problem(CLIENT_GONE, "client_gone", ""),
+    Problem(429, "queue_full", ""),
+    Problem(400, "broken_picture", ""),
+    CancelledError(),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES)
+def test_what_is_not_done_says_at_most_that_it_would_have_stayed_longer(clock: Clock, error: BaseException) -> None:
     flow = Flow()
-    with ExitStack() as always:
-        always.enter_context(flow.one())
-        for _ in range(200):  # one is done each second, and four are given up meanwhile
+    with flow.one():
+        for _ in range(200):
+            stay(flow, clock, 1.0)
             for _ in range(4):
-                stays = ExitStack()
-                stays.enter_context(flow.one())
-                clock.now += 0.25
-                leave(stays, is_late=True, error=error)
-            with flow.one():
-                pass
-        assert flow.seconds_for_one_more() == pytest.approx(1.25 * 2 * 1.0, rel=0.01)
+                stay(flow, clock, 0.25, error)
+        assert flow.seconds_for_one_more() == pytest.approx(1.25 * 1.0, rel=0.01)
+        for _ in range(8):
+            stay(flow, clock, 4.0, error)
+        assert flow.seconds_for_one_more() > 1.25 * 3.0
 
 
 def test_a_service_that_slows_down_is_known_to_be_slow_within_seconds(clock: Clock) -> None:
     flow = Flow()
     with flow.one():
         for _ in range(200):
-            with flow.one():
-                clock.now += 0.25
-        assert flow.seconds_for_one_more() == pytest.approx(1.25 * 2 * 0.25, rel=0.01)
+            stay(flow, clock, 0.25)
+        assert flow.seconds_for_one_more() == pytest.approx(1.25 * 0.25, rel=0.01)
         for _ in range(6):
-            with flow.one():
-                clock.now += 1.0
-        assert flow.seconds_for_one_more() > 1.25 * 2 * 0.6
+            stay(flow, clock, 1.0)
+        assert flow.seconds_for_one_more() > 1.25 * 0.6
 
 
 def test_heavy_requests_are_forgotten_though_light_ones_come_alone(clock: Clock) -> None:
     flow = Flow()
-    with flow.one():
-        for _ in range(200):
-            with flow.one():
-                clock.now += 2.0
+    for _ in range(200):
+        with flow.one(), flow.one():
+            clock.now += 3.0
     with flow.one():
         assert flow.seconds_for_one_more() > 3.0  # with these a second one would be late
     for _ in range(20):
-        with flow.one():
-            clock.now += 0.5
+        stay(flow, clock, 0.5)
     with flow.one():
-        assert flow.seconds_for_one_more() < 3.0
+        assert flow.seconds_for_one_more() < 1.5
 
 
 def test_an_idle_service_tries_whatever_it_is_asked(clock: Clock) -> None:
@@ -192,13 +226,38 @@ def test_an_idle_service_tries_whatever_it_is_asked(clock: Clock) -> None:
     with flow.one():
         clock.now += 50.0
         assert flow.seconds_for_one_more() == 0.0  # nothing has left yet
-    with flow.one():
-        clock.now += 1000.0
-    with flow.one():
-        assert flow.seconds_for_one_more() == 0.0  # one came after the other had left, however long it stayed
-        with flow.one():
-            clock.now += 1.0
-        clock.now += 16.0
     assert flow.seconds_for_one_more() == 0.0
+
+
+def test_an_hour_without_requests_makes_nothing_forgotten(clock: Clock) -> None:
+    flow = Flow()
+    for _ in range(200):
+        stay(flow, clock, 0.1)
+    clock.now += 3600.0
+    stay(flow, clock, 2.0)  # the first after a while may be slow
     with flow.one():
-        assert flow.seconds_for_one_more() == pytest.approx(1.25 * 2 * 16.0 / (1 + 16 * math.exp(-16.0 / 4)))
+        assert flow.seconds_for_one_more() < 2.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_stays_by_how_many_were_met_lie_on_a_line_of_least_squares(clock: Clock, seed: int) -> None:
+    """As numpy finds it, from the same stays."""
+    line = Line(clock, 0.005, math.inf, careful=False)
+    line.run(arrivals(0.8 / 0.005, 10.0, seed))
+    weights = [(1 - 1 / 32) ** age for age in range(len(line.stays))][::-1]
+    slope, height = np.polyfit(*zip(*line.stays, strict=True), 1, w=np.sqrt(weights))
+    with ExitStack() as beside:
+        for met in range(2, 20):
+            beside.enter_context(line.flow.one())
+            assert line.flow.seconds_for_one_more() == pytest.approx(1.25 * (height + slope * met), rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("load", [0.5, 0.7, 0.9, 1.5])
+def test_where_few_come_few_leave_and_the_service_is_no_slower_for_it(clock: Clock, load: float, seed: int) -> None:
+    """Stages before and after a device that runs batches; deadlines of six times what one request takes alone."""
+    device = Batches(clock, deadline_s=0.1, around_s=0.01)
+    device.run(arrivals(load * device.capacity, 40.0, seed))
+    asked = device.in_time + device.late + device.refused
+    most = {0.5: 0.0001, 0.7: 0.001, 0.9: 0.03, 1.5: 0.36}[load]
+    assert device.refused < most * asked and device.late < 0.002 * asked

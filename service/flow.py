@@ -1,0 +1,76 @@
+"""How long a request stays, by how many others are in work."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# The past counts for about so many requests, but not for longer than so many seconds in which something was in work:
+# a slow service is to be known before many have left.
+_MEMORY, _MEMORY_S = 32, 4.0
+_CAUTION = 1.25  # about half of all stay longer than the mean
+_PRIOR = 1.0  # how far numbers in work must vary, squared, before their stays say more than that stays grow with them
+
+
+class Flow:
+    """How long a request that came now would stay, by what others stayed that met so many when they came.
+
+    Through those stays goes a line, so that a service with little to do is not taken for a slow one: where few are in
+    work, few leave. Whatever holds requests up counts, decoding as much as devices. All calls come from the event loop.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._stays = _Line(float(_MEMORY))
+        self._left = -math.inf  # when the last one did
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A request, in work as long as the block runs; one that raises has not been done."""
+        came = time.monotonic()
+        self._count += 1
+        met, is_done = self._count, False
+        try:
+            yield
+            is_done = True
+        finally:
+            self._count -= 1
+            self._has_left(met, came, time.monotonic(), is_done)
+
+    def seconds_for_one_more(self) -> float:
+        """0 where nothing is in work: an idle service tries whatever it is asked."""
+        return _CAUTION * self._stays.at(self._count + 1) if self._count else 0.0
+
+    def _has_left(self, met: int, came: float, now: float, is_done: bool) -> None:
+        stay_s = now - came
+        # What was given up or refused says only that it would have stayed longer than it did.
+        if is_done or stay_s > self._stays.at(met):
+            worked_s = min(stay_s, now - self._left)
+            self._stays.add(met, stay_s, past=min(1 - 1 / _MEMORY, math.exp(-worked_s / _MEMORY_S)))
+            self._left = now
+
+
+class _Line:
+    """The line through points that counts the late ones more: it rises, and meets no axis but at the origin or above.
+
+    Args:
+        weight: of a first point (1, 0).
+    """
+
+    def __init__(self, weight: float) -> None:
+        self._weight = weight
+        self._x, self._y, self._xx, self._xy = weight, 0.0, weight, 0.0
+
+    def add(self, x: float, y: float, past: float) -> None:
+        """One more point; all before count `past` times what they did."""
+        self._weight = past * self._weight + 1
+        self._x, self._y = past * self._x + x, past * self._y + y
+        self._xx, self._xy = past * self._xx + x * x, past * self._xy + x * y
+
+    def at(self, x: float) -> float:
+        """Its y. Where the points have one x, the line goes through the origin."""
+        mean_x, mean_y = self._x / self._weight, self._y / self._weight
+        steepest = mean_y / mean_x
+        varies, goes_along = self._xx / self._weight - mean_x**2, self._xy / self._weight - mean_x * mean_y
+        slope = (goes_along + _PRIOR * steepest) / (varies + _PRIOR)
+        return mean_y + min(max(0.0, slope), steepest) * (x - mean_x)
