@@ -21,7 +21,7 @@ class Flow:
 
     def __init__(self) -> None:
         self._count = 0
-        self._stays = _Line(float(_MEMORY))
+        self._stays = _Line()
         self._left = -math.inf  # when the last one did
 
     @contextmanager
@@ -51,15 +51,13 @@ class Flow:
 
 
 class _Line:
-    """The line through points that counts the late ones more: it rises, and meets no axis but at the origin or above.
+    """The line of least squares through points, of which the late ones count more, and the first is (1, 0).
 
-    Args:
-        weight: of a first point (1, 0).
+    It rises, and where x is 0 it is not below 0.
     """
 
-    def __init__(self, weight: float) -> None:
-        self._weight = weight
-        self._x, self._y, self._xx, self._xy = weight, 0.0, weight, 0.0
+    def __init__(self) -> None:
+        self._weight, self._x, self._y, self._xx, self._xy = 1.0, 1.0, 0.0, 1.0, 0.0
 
     def add(self, x: float, y: float, past: float) -> None:
         """One more point; all before count `past` times what they did."""
