@@ -46,7 +46,7 @@ def serve(
             raise ValueError(f"wrong setting, {'; '.join(wrong)}") from None
         before = threading.enumerate()
         run_server(settings)
-        if any(thread not in before and not thread.daemon for thread in threading.enumerate()):
+        if any(thread not in before for thread in threading.enumerate()):
             _end()
 
 
@@ -72,7 +72,8 @@ def _signals_end_it() -> Iterator[None]:
 
 
 def _end() -> None:
-    """End the process at once: Python would wait for threads that are in the middle of what was given up."""
+    """End the process at once, with threads in the middle of what was given up: Python would wait for some, and unwind
+    others where torch's own code returns to them, which aborts the process."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             with contextlib.suppress(OSError, ValueError):

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import httpx
 
-from dsg.service.client_call import MODELS, SEGMENT, Answer, Call, Picture, Pictures, SegmentError, Target
+from dsg.service.client_call import MODELS, SEGMENT, Answer, Call, Picture, Pictures, SegmentError
+from dsg.service.client_target import Target
 
 __all__ = ["AsyncClient", "Client", "MaskFormat", "Picture", "SegmentError"]
 
@@ -34,6 +35,9 @@ class Client:
         key: one of the server's `DSG_API_KEYS`, where it wants one.
         timeout_s: seconds that one call may take in all, waiting and asking again included.
         transport: of httpx; None is the network.
+
+    Raises:
+        ValueError: a url, a key or a time that can't be. A client that was closed raises RuntimeError.
     """
 
     def __init__(
@@ -116,7 +120,7 @@ class Client:
 
 
 class AsyncClient:
-    """`Client`, for asyncio: the same arguments, and the same calls to be awaited."""
+    """`Client`, for asyncio: the same arguments, and the same calls to be awaited, in one event loop."""
 
     def __init__(
         self,

@@ -3,16 +3,21 @@
 import concurrent.futures
 import contextvars
 import json
+import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from dsg.service.client_target import Target
 
 Picture = str | PathLike[str] | bytes | bytearray | memoryview
 """A path, or a file's bytes: JPEG, PNG, WebP, BMP or TIFF."""
@@ -82,18 +87,6 @@ class Answer:
         return SegmentError(self.status, "unknown", detail, request_id=self.headers.get("x-request-id", ""))
 
 
-class Target:
-    """The server that is asked."""
-
-    def __init__(self, url: str, key: str | None, timeout_s: float) -> None:
-        self.url = url
-        self.timeout_s = timeout_s
-        self.http: dict[str, Any] = {
-            "base_url": url,
-            "headers": {"Authorization": f"Bearer {key}"} if key else {},
-        }
-
-
 class Call:
     """One call; made before its first request, used by one thread or task at a time."""
 
@@ -158,9 +151,7 @@ class Call:
         error = answer.refusal()
         if not self._insists or answer.status not in _ASK_AGAIN:
             raise error
-        told = answer.headers.get("retry-after", "")
-        # isascii: other scripts have digits, too, and float() does not read all of them
-        return self._wait(float(told) if told.isascii() and told.isdigit() else None, error)
+        return self._wait(_seconds(answer.headers.get("retry-after", "")), error)
 
     def wait_after_failure(self, failure: httpx.TransportError) -> float:
         """The same where no answer came."""
@@ -196,7 +187,20 @@ def _several(pictures: Pictures) -> Sequence[Picture]:
 def _part(picture: Picture, number: int) -> tuple[str, bytes]:
     if isinstance(picture, bytes | bytearray | memoryview):
         return f"{number}", bytes(picture)
-    return Path(picture).name, Path(picture).read_bytes()
+    # A name that is not UTF-8 travels all the same, since the file can be read.
+    return os.fsencode(Path(picture).name).decode(errors="replace"), Path(picture).read_bytes()
+
+
+def _seconds(retry_after: str) -> float | None:
+    """What a server says, a number of seconds or a date; None where it is neither."""
+    # isascii: other scripts have digits, too, and float() does not read all of them
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after)
+    try:
+        date = parsedate_to_datetime(retry_after)
+        return max(0.0, date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
 
 
 def _parsed(body: bytes) -> Any:

@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import gzip
 import http.server
+import os
 import socketserver
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +126,83 @@ def test_it_comes_back_to_a_server_that_was_away(waits: list[float]) -> None:
     with Client("http://test", transport=transport) as client:
         client.segment(b"x")
     assert [round(wait, 2) >= pause for wait, pause in zip(waits, (0.25, 0.5, 1.0), strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("hence", [timedelta(seconds=40), timedelta(seconds=-40)])
+def test_it_waits_until_a_date(waits: list[float], hence: timedelta) -> None:
+    date = format_datetime(datetime.now(UTC) + hence, usegmt=True)
+    transport = httpx.MockTransport(answers(503, 200, retry_after=date))
+    with Client("http://test", timeout_s=90, transport=transport) as client:
+        client.segment(b"x")
+    assert len(waits) == 1 and (38 < waits[0] <= 40 * 1.25 if hence.total_seconds() > 0 else waits[0] == 0)
+
+
+both_kinds = pytest.mark.parametrize("kind", [Client, AsyncClient])
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8000",
+        "ftp://host",
+        "http://",
+        "http://host:abc",
+        "http://host:99999",
+        "http://host:0",
+        f"http://{'a' * 64}.com",
+        "http://a..b",
+        "http://xn--/",
+        "http://host/api?x=1",
+        "http://host/api#x",
+        "http://bob:PASSWORD@host:99999",
+        "",
+    ],
+)
+def test_a_url_that_can_be_no_servers(kind: type, url: str) -> None:
+    with pytest.raises(ValueError, match=r"url.*: give http:// or https://, a host") as caught:
+        kind(url)
+    assert "PASSWORD" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+@both_kinds
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), 1e12])
+def test_a_time_that_cannot_be(kind: type, timeout_s: float) -> None:
+    with pytest.raises(ValueError, match="timeout_s is a number of seconds above 0"):
+        kind("http://host", timeout_s=timeout_s)
+
+
+@both_kinds
+@pytest.mark.parametrize("key", ["SECRET\nSECRET", "SECRETü", "SECRET\x00"])
+def test_a_key_that_cannot_be_is_not_repeated(kind: type, key: str) -> None:
+    with pytest.raises(ValueError, match="the key has something in it") as caught:
+        kind("http://host", key=key)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_key_from_a_file() -> None:
+    with serving(api_keys=KEY) as server, Client(server.base_url, key=f"{KEY}\n") as client:
+        assert client.models()
+
+
+def test_a_password_is_not_repeated(waits: list[float]) -> None:
+    with Client("http://bob:PASSWORD@127.0.0.1:1") as client, pytest.raises(SegmentError) as caught:
+        client.models()
+    assert "http://127.0.0.1:1" in str(caught.value) and "PASSWORD" not in str(caught.value)
+
+
+def test_a_client_that_was_closed() -> None:
+    client = Client("http://127.0.0.1:1")
+    client.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        client.models()
+
+
+def test_a_name_that_is_not_utf_8(server: Server, tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/bad\xff.png"
+    Path(os.fsdecode(path)).write_bytes(GOOD)
+    with Client(server.base_url) as client:
+        assert client.segment(os.fsdecode(path))["images"][0]["file_name"] == "bad\ufffd.png"
 
 
 @pytest.mark.parametrize("status", [400, 401, 413, 422, 500, 504])
@@ -271,7 +351,7 @@ def test_an_answer_that_is_not_the_services(ask: Callable[..., Any], call: tuple
 
 
 @both_ways
-@pytest.mark.parametrize("told", ["²", "٣", "-1", "1e3", "9" * 5000, "Wed, 21 Oct 2065 07:28:00 GMT"])
+@pytest.mark.parametrize("told", ["²", "٣", "-1", "1e3", "9" * 5000, "Wed, 21 Oct 2065 07:28:00 GMT", "Wed, 99"])
 def test_a_retry_after_that_is_no_number(ask: Callable[..., Any], told: str) -> None:
     body = b'{"reason": "loading", "detail": "soon"}'
     with raw(head(503, len(body), b"Retry-After: " + told.encode()) + body) as server:

@@ -67,6 +67,23 @@ def decode(*given):
 
 dsg.service.pipeline.decode_picture = decode
 """
+_COMPUTES = """
+import dsg.service.pipeline
+import torch
+
+decode = dsg.service.pipeline.decode_picture
+
+def decode_and_change(*given):
+    FakePredictor.detect = compute  # not before: the first batches of a model are run before it serves
+    return decode(*given)
+
+def compute(self, prepared, score_threshold=0.0):
+    print("computing", flush=True)
+    while True:
+        torch.ones(64, 64).mm(torch.ones(64, 64)).sum()
+
+dsg.service.pipeline.decode_picture = decode_and_change
+"""
 
 
 @contextmanager
@@ -146,6 +163,17 @@ def test_a_thread_that_never_ends_keeps_no_process_alive() -> None:
         process.send_signal(signal.SIGTERM)
         answer = answers.get(timeout=60)
         assert (answer.status_code, answer.json()["reason"]) == (503, "draining")
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_a_device_in_the_middle_of_its_work_is_no_failure(turn: int) -> None:
+    """A thread that torch's code returns to while Python ends is unwound by it, and the process with it."""
+    with command(_FAKE + _COMPUTES, drain_ms="100") as process:
+        answers = ask(await_event(process, "serving")["url"])
+        assert process.stdout.readline() == "computing\n"
+        process.send_signal(signal.SIGTERM)
+        assert answers.get(timeout=60).status_code == 503
         assert process.wait(60) == 0
 
 
