@@ -26,7 +26,7 @@ def serve(
         str | None, typer.Option(help="Of a Ray cluster, such as auto or HOST:6379; else Ray is started here.")
     ] = None,
     replicas: Annotated[
-        str | None, typer.Option(help="Servers that Ray runs: a count, or least-most such as 1-8; else one a GPU.")
+        str | None, typer.Option(help="Servers that Ray runs: a count, or least-most such as 1-8; else 1 to one a GPU.")
     ] = None,
 ) -> None:
     """Start the server. Every other setting is an environment variable DSG_*; the README lists them."""

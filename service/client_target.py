@@ -35,7 +35,7 @@ class Target:
 def _authorization(key: str | None) -> dict[str, str]:
     word = (key or "").strip()
     if not (word.isascii() and word.isprintable()):
-        raise ValueError("the key has something in it that is no ASCII letter, digit or sign: check where it comes from")
+        raise ValueError("the key has something in it that is no ASCII letter, digit or sign: see where it comes from")
     return {"Authorization": f"Bearer {word}"} if word else {}
 
 

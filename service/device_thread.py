@@ -40,6 +40,7 @@ class DeviceThread:
         self._thread = threading.Thread(target=self._work, name=f"dsg-device {device.name}", daemon=True)
         self._say_limit()
         queue.metrics.device_up.labels(device.name).set(1)
+        queue.metrics.worker_deaths.labels(device.name)
 
     def start(self) -> None:
         """Start the thread; once."""

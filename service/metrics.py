@@ -65,6 +65,8 @@ class Metrics:
             ["result"],
             registry=self.registry,
         )
+        for result in ("swapped", "failed"):
+            self.reloads.labels(result)
 
     def _of_queue_and_batches(self) -> None:
         self.accepted = Gauge("dsg_accepted_pictures", "Pictures accepted and not answered yet", registry=self.registry)

@@ -80,9 +80,9 @@ class RequestMiddleware:
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float, log: dict[str, Any]) -> None:
         metrics = self._service.metrics
         # The route's own path, not the client's: each path that someone makes up must not become a time
-        # series.
+        # series, nor each method that a route does not have.
         route = getattr(scope.get("route"), "path", "(none)")
-        method = scope["method"] if route != "(none)" else "(any)"
+        method = scope["method"] if route != "(none)" and status != 405 else "(any)"
         metrics.requests.labels(route, method, str(status)).observe(seconds)
         if "reason" in log:
             metrics.problems.labels(log["reason"]).inc()

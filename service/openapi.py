@@ -64,7 +64,17 @@ REASONS: dict[int, dict[str, str]] = {
 }
 """Every reason that a problem may give, by status, with a detail as it may read."""
 
-_OF_RELOAD = {"no_key", "no_model_dir", "broken_model", "partly_reloaded"}
+# What any request may be answered with, before it is known which endpoint it is for.
+_OF_HTTP = ("broken_http", "slow_sender", "large_headers")
+_OF_RELOAD = ("no_key", "no_model_dir", "broken_model", "partly_reloaded")
+_OF_NO_ENDPOINT = ("not_found", "method_not_allowed")
+NOT_READY = ("loading", "draining", "unhealthy", "restarting")
+OF_PICTURES = tuple(
+    reason
+    for reasons in REASONS.values()
+    for reason in reasons
+    if reason not in (*_OF_HTTP, *_OF_RELOAD, *_OF_NO_ENDPOINT)
+)
 _PROBLEM = {
     "type": "object",
     "required": ["type", "title", "status", "reason", "detail"],
@@ -72,7 +82,7 @@ _PROBLEM = {
         "type": {"type": "string"},
         "title": {"type": "string"},
         "status": {"type": "integer"},
-        "reason": {"type": "string", "description": "one word for programs"},
+        "reason": {"type": "string", "description": "one word for programs; the examples have those there are"},
         "detail": {"type": "string", "description": "one sentence for people"},
         "index": {"type": "integer", "description": "which picture of the request, counted from 0"},
         "errors": {
@@ -92,10 +102,11 @@ _HEADERS: dict[int, dict[str, Any]] = {
 }
 
 
-def problems(*statuses: int, reload: bool = False) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries of the problems that an endpoint may answer with; `reload` for those of /models/reload."""
+def problems(*reasons: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries of the problems that an endpoint may answer with, by their reasons; those of HTTP go without
+    saying."""
     entries: dict[int | str, dict[str, Any]] = {}
-    for status in statuses:
+    for status, details in REASONS.items():
         shown = {
             reason: {
                 "value": {
@@ -106,12 +117,18 @@ def problems(*statuses: int, reload: bool = False) -> dict[int | str, dict[str, 
                     "detail": detail,
                 }
             }
-            for reason, detail in REASONS[status].items()
-            if reload or reason not in _OF_RELOAD
+            for reason, detail in details.items()
+            if reason in (*reasons, *_OF_HTTP)
         }
-        content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": shown}}
-        headers = {**_REQUEST_ID, **_HEADERS.get(status, {})}
-        entries[status] = {"description": HTTPStatus(status).phrase, "content": content, "headers": headers}
+        if shown:
+            content = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": shown}
+            # What HTTP itself is refused with is in no log.
+            headers = {**(_REQUEST_ID if not shown.keys() <= {*_OF_HTTP} else {}), **_HEADERS.get(status, {})}
+            entries[status] = {
+                "description": HTTPStatus(status).phrase,
+                "content": {"application/problem+json": content},
+                "headers": headers,
+            }
     return entries
 
 
@@ -210,7 +227,7 @@ _EXAMPLE = {
             "category_id": 18,
             "bbox": [20.0, 10.0, 4.0, 3.0],
             "score": 0.92,
-            "segmentation": {"size": [480, 640], "counts": "Z]93m>000000000dPQ9"},
+            "segmentation": {"size": [480, 640], "counts": "Z\\93m>00000fgP9"},
             "area": 12,
             "iscrowd": 0,
         }
@@ -260,6 +277,8 @@ def describe(app: FastAPI, needs_key: bool) -> None:
 
     def described() -> dict[str, Any]:
         document = plain()
+        for parameter in document["paths"]["/segment"]["post"]["parameters"]:
+            _without_null(parameter["schema"])
         components = document.setdefault("components", {})
         components.setdefault("schemas", {}).update(Problem=_PROBLEM, CocoDocument=_DOCUMENT)
         schemes = components.setdefault("securitySchemes", {})
@@ -272,3 +291,9 @@ def describe(app: FastAPI, needs_key: bool) -> None:
         return document
 
     app.openapi = described  # type: ignore[method-assign]
+
+
+def _without_null(schema: dict[str, Any]) -> None:
+    """A parameter that may be left out is null in Python, and can't be in a query."""
+    (kind,) = [one for one in schema.pop("anyOf", [{}]) if one != {"type": "null"}]
+    schema.update(kind)

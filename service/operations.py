@@ -3,12 +3,13 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from starlette.responses import Response
 
 from dsg.service.body import read_body
+from dsg.service.documents import Healthy, ModelEntry, ModelListing, Ready, ReloadBody, Reloaded
 from dsg.service.keys import check_client_key, check_reload_key
-from dsg.service.openapi import problems
+from dsg.service.openapi import NOT_READY, problems
 from dsg.service.pages import PROBED
 from dsg.service.problems import Problem
 from dsg.service.query import JSON
@@ -16,15 +17,6 @@ from dsg.service.state import Service
 
 router = APIRouter()
 _LARGEST_RELOAD_BODY = 4096
-
-
-class ReloadBody(BaseModel):
-    """Body of `POST /models/reload`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    """Name of a file in the model folder, with or without its ending."""
 
 
 async def service_of(request: Request) -> Service:  # async: FastAPI runs other functions on a thread of their own
@@ -42,26 +34,29 @@ def _example(value: Any) -> dict[int | str, dict[str, Any]]:
 
 # A probed route answers; the one written above it only documents: FastAPI would give both methods of one route the same
 # operation id.
-@router.get("/healthz", responses=_example({"status": "ok"}) | problems(503))
+@router.get("/healthz", responses=_example({"status": "ok"}) | problems("unhealthy"))
 @router.api_route("/healthz", methods=PROBED, include_in_schema=False)
-async def healthz(service: CurrentService) -> dict[str, str]:
+async def healthz(service: CurrentService) -> Healthy:
     """Whether the process is alive and its devices sound; if not, restart it."""
     service.check_healthy()
-    return {"status": "ok"}
+    return Healthy(status="ok")
 
 
-@router.get("/readyz", responses=_example({"status": "ready"}) | problems(503))
+@router.get("/readyz", responses=_example({"status": "ready"}) | problems(*NOT_READY))
 @router.api_route("/readyz", methods=PROBED, include_in_schema=False)
-async def readyz(service: CurrentService) -> dict[str, str]:
+async def readyz(service: CurrentService) -> Ready:
     """Whether the models are warm and pictures are taken."""
     service.check_ready()
-    return {"status": "ready"}
+    return Ready(status="ready")
 
 
-_METRICS = {"content": {"text/plain": {"example": "dsg_queued_pictures 3.0\n"}}, "description": "Prometheus' text"}
+_METRICS = {
+    "content": {"text/plain": {"schema": {"type": "string"}, "example": "dsg_queued_pictures 3.0\n"}},
+    "description": "Prometheus' text",
+}
 
 
-@router.get("/metrics", response_class=Response, responses={200: _METRICS})
+@router.get("/metrics", response_class=Response, responses={200: _METRICS, **problems()})
 async def metrics(service: CurrentService) -> Response:
     """Metrics in Prometheus' text format."""
     return Response(await service.metrics_page(), media_type=service.metrics.content_type)
@@ -86,34 +81,21 @@ _MODELS = {
 }
 
 
-@router.get("/models", responses=_example(_MODELS) | problems(401))
-async def models(request: Request, service: CurrentService) -> dict[str, list[dict[str, Any]]]:
+@router.get("/models", responses=_example(_MODELS) | problems("wrong_key"))
+async def models(request: Request, service: CurrentService) -> ModelListing:
     """The models being served, the default one first; none while they are loading."""
     check_client_key(request, service.settings.keys)
-    listing: list[dict[str, Any]] = []
-    for name in service.models.names():
-        info = service.models.get(name).info
-        listing.append(
-            {
-                "name": name,
-                "default": not listing,
-                "preset": info.preset,
-                "version": info.version,
-                "hash": info.hash,
-                "licence": info.licence,
-                "score_threshold": info.score_threshold,
-                "class_thresholds": list(info.class_thresholds),
-                "class_precision": info.class_precision,
-                "max_detections": info.max_detections,
-                "categories": [{"id": category.id, "name": category.name} for category in info.categories],
-            }
-        )
-    return {"models": listing}
+    served = [service.models.get(name) for name in service.models.names()]
+    return ModelListing(models=[ModelEntry.of(one, default=one is served[0]) for one in served])
 
 
 @router.post(
     "/models/reload",
-    responses=_example({"model": "best", "hash": "5e1c0b"}) | problems(401, 408, 413, 422, 500, 503, reload=True),
+    responses=_example({"model": "best", "hash": "5e1c0b"})
+    | problems(
+        *("no_key", "wrong_key", "too_many_bytes", "wrong_parameter", "unknown_model", "no_model_dir", "broken_model"),
+        *("internal", *NOT_READY, "partly_reloaded"),
+    ),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -122,7 +104,7 @@ async def models(request: Request, service: CurrentService) -> dict[str, list[di
         "security": [{"reload key": []}],
     },
 )
-async def reload(request: Request, service: CurrentService) -> dict[str, str]:
+async def reload(request: Request, service: CurrentService) -> Reloaded:
     """Load a model anew from the model folder and swap it in, without dropping a request.
 
     Needs `Authorization: Bearer KEY` with the server's DSG_RELOAD_KEY.
@@ -136,4 +118,4 @@ async def reload(request: Request, service: CurrentService) -> dict[str, str]:
     except ValidationError:
         raise Problem(422, "wrong_parameter", 'the body is a JSON object with one member: {"model": NAME}') from None
     model = await service.reload(asked)
-    return {"model": model.name, "hash": model.info.hash}
+    return Reloaded(model=model.name, hash=model.info.hash)

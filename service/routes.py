@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from dsg.service.body import picture_type, read_body
 from dsg.service.keys import check_client_key
-from dsg.service.openapi import SEGMENT_ANSWER, SEGMENT_BODY, SEGMENT_HEADERS, problems
+from dsg.service.openapi import OF_PICTURES, SEGMENT_ANSWER, SEGMENT_BODY, SEGMENT_HEADERS, problems
 from dsg.service.operations import CurrentService
 from dsg.service.pipeline import Job, answer, while_wanted
 from dsg.service.query import PNG, SegmentQuery, answer_type, check_once, timeout_ms, wanted
@@ -21,7 +21,7 @@ router = APIRouter()
 @router.post(
     "/segment",
     response_class=Response,
-    responses={200: SEGMENT_ANSWER, **problems(400, 401, 406, 408, 413, 415, 422, 429, 431, 500, 503, 504)},
+    responses={200: SEGMENT_ANSWER, **problems(*OF_PICTURES)},
     openapi_extra={"requestBody": SEGMENT_BODY, "parameters": SEGMENT_HEADERS},
 )
 async def segment(request: Request, query: Annotated[SegmentQuery, Query()], service: CurrentService) -> Response:
