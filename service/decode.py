@@ -13,7 +13,7 @@ from PIL import Image
 
 from dsg.model.network.pixels import SeveralFramesError, UnknownRangeError, upright_rgb
 from dsg.service.jpeg import jpeg_pixels, refuse_endless_jpeg
-from dsg.service.problems import Problem
+from dsg.service.problems import Problem, is_shortage
 from dsg.service.tiff import SIGNATURES, refuse_endless_tiff
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -37,7 +37,11 @@ _OTHER_SIGNATURES = (
 
 
 def guard_decoding() -> None:
-    """Once in a process that serves: what is wrong with a picture is told to its sender, not to the console."""
+    """Once in a process that serves: what is wrong with a picture is told to its sender, not to the console.
+
+    Pillow's readers are loaded now: where there are no descriptors left, they would be missing for good.
+    """
+    Image.init()
     warnings.filterwarnings("ignore", module="PIL")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
@@ -68,9 +72,9 @@ def decode_picture(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
         raise Problem(415, "unsupported_pixels", str(error)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_many_pixels(max_pixels) from None
-    except MemoryError:
-        raise
-    except Exception:
+    except Exception as error:
+        if is_shortage(error):
+            raise
         # Pillow's readers raise whatever their parsing trips over: OSError, SyntaxError, struct.error,
         # KeyError ... The file is the cause of all of them.
         raise Problem(400, "broken_picture", "the picture is broken or cut short; send the whole file") from None
@@ -81,10 +85,10 @@ def pixels_of(data: bytes, max_pixels: int) -> int:
     try:
         with _open(data, max_pixels) as image:
             return image.width * image.height
-    except MemoryError:
-        raise
-    except Exception:  # as above
-        return 0
+    except Exception as error:
+        if is_shortage(error):
+            raise
+        return 0  # as above
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:

@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsg.service.problems import internal_error, problem_response, stopping
+from dsg.service.problems import internal_error, is_shortage, problem_response, server_is_full, stopping
 from dsg.service.state import Service
 
 _log = structlog.get_logger("dsg.service")
@@ -45,14 +45,22 @@ class RequestMiddleware:
         scope["state"]["started"] = started
         scope["state"]["stages"] = {}
         status = 0
+        # A client that asks first ("Expect: 100-continue") waits until somebody reads.
+        holds_back = any(name == b"expect" for name, _ in scope["headers"])
+
+        async def receive_body() -> Message:
+            nonlocal holds_back
+            holds_back = False
+            return await receive()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = [*message["headers"], (b"x-request-id", request_id.encode())]
-                if self._service.draining and all(name != b"connection" for name, _ in headers):
-                    # A client that kept its connection would send its next request into a closing one.
+                # A client that kept its connection would send its next request into a closing one, or where the body
+                # is expected that it has held back.
+                if (self._service.draining or holds_back) and all(name != b"connection" for name, _ in headers):
                     headers.append((b"connection", b"close"))
                 message = {**message, "headers": headers}
             await send(message)
@@ -60,10 +68,14 @@ class RequestMiddleware:
         self._service.active += 1
         self._service.metrics.active.set(self._service.active)
         try:
-            await self._app(scope, receive, send_with_id)
-        except Exception:
-            _log.exception("request failed", request_id=request_id, path=scope["path"])
-            problem = internal_error()
+            await self._app(scope, receive_body, send_with_id)
+        except Exception as error:
+            if is_shortage(error):
+                _log.error("out of memory, threads or files", request_id=request_id, error=str(error)[:500])
+                problem = server_is_full()
+            else:
+                _log.exception("request failed", request_id=request_id, path=scope["path"])
+                problem = internal_error()
             log["reason"] = problem.reason
             if status == 0:
                 await problem_response(problem)(scope, receive, send_with_id)

@@ -58,6 +58,7 @@ REASONS: dict[int, dict[str, str]] = {
         "restarting": "the device is being restarted; try again soon",
         "replica_lost": "the replica that had this request is gone; send it again",
         "partly_reloaded": "2 replicas did not load 'best', and the log says why; ask again",
+        "not_reloaded": "a device had no room for it, or stopped meanwhile, and the log says more; ask again",
         "out_of_memory": "the device's memory is full, even for one picture; try again soon, or send a smaller one",
     },
     504: {"deadline_passed": "no answer was ready in time; allow more, send less, or try again later"},
@@ -66,7 +67,7 @@ REASONS: dict[int, dict[str, str]] = {
 
 # What any request may be answered with, before it is known which endpoint it is for.
 _OF_HTTP = ("broken_http", "slow_sender", "large_headers")
-_OF_RELOAD = ("no_key", "no_model_dir", "broken_model", "partly_reloaded")
+_OF_RELOAD = ("no_key", "no_model_dir", "broken_model", "partly_reloaded", "not_reloaded")
 _OF_NO_ENDPOINT = ("not_found", "method_not_allowed")
 NOT_READY = ("loading", "draining", "unhealthy", "restarting")
 OF_PICTURES = tuple(

@@ -1,5 +1,6 @@
 """Errors as `application/problem+json` (RFC 9457): one exception that says status and cause."""
 
+import errno
 from http import HTTPStatus
 from typing import Any
 
@@ -70,6 +71,19 @@ def out_of_memory() -> Problem:
     """What a request is told whose picture alone does not fit into the device's memory now."""
     detail = "the device's memory is full, even for one picture; try again soon, or send a smaller one"
     return Problem(503, "out_of_memory", detail, {"Retry-After": "5"})
+
+
+def server_is_full() -> Problem:
+    """What a request is told for which this process gets no memory, threads or descriptors now."""
+    detail = "this server has no memory, threads or files left for another request; try again soon"
+    return Problem(503, "out_of_memory", detail, {"Retry-After": "5"})
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether the system has refused memory, a thread or a descriptor."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return isinstance(error, MemoryError) or str(error) == "can't start new thread"
 
 
 def too_many_bytes(max_bytes: int) -> Problem:

@@ -139,8 +139,8 @@ class Service:
         """Load a model anew, here and wherever else this service runs; requests go on meanwhile.
 
         Raises:
-            Problem: 422 no such model, or a file that does not load (the old model stays); 503 another server has not
-                loaded it.
+            Problem: 422 no such model, or a file that does not load (the old model stays); 503 a device, or another
+                server, has not loaded it.
         """
         model = await self.reload_here(name)
         failed = [] if self.peers is None else await self.peers.reload(name)
@@ -159,6 +159,9 @@ class Service:
             except (ValueError, TypeError, OSError, RuntimeError, OutOfMemory, DeviceLost, WorkerDied) as error:
                 self.metrics.reloads.labels("failed").inc()
                 _log.warning("reload failed", model=name, error=str(error))
+                if isinstance(error, OutOfMemory | DeviceLost | WorkerDied):
+                    detail = "a device had no room for it, or stopped meanwhile, and the log says more; ask again"
+                    raise Problem(503, "not_reloaded", detail, {"Retry-After": "5"}) from None
                 detail = f"model {name!r} does not load, and the log says why; what was served before still is"
                 raise Problem(422, "broken_model", detail) from None
         self.metrics.reloads.labels("swapped").inc()

@@ -1,7 +1,10 @@
 """Every status of the contract other than 200, each as a problem document."""
 
+import errno
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import httpx
@@ -144,6 +147,54 @@ def test_413_before_a_careful_client_has_sent_anything(small: Server) -> None:
         )
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/segment", "Content-Type: text/plain", 415),
+        ("/segment?bogus=1", "Content-Type: image/png", 422),
+        ("/segments", "Content-Type: image/png", 404),
+    ],
+)
+def test_a_careful_client_that_is_refused_before_its_body_is_not_taken_to_send_it(
+    small: Server, path: str, headers: str, status: int
+) -> None:
+    host, port = small.client.base_url.host, small.client.base_url.port
+    with socket.create_connection((host, port), timeout=30) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\nContent-Length: 999\r\nExpect: 100-continue\r\n\r\n"
+        connection.sendall(head.encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode()) and b"\r\nconnection: close\r\n" in answer.lower()
+
+
+SHORTAGES = [MemoryError(), OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't start new thread")]
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES)
+def test_503_where_the_system_has_nothing_left(
+    small: Server, monkeypatch: pytest.MonkeyPatch, shortage: Exception
+) -> None:
+    def refuse(*given: object, **options: object) -> None:
+        raise shortage
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dsg.service.decode.jpeg_pixels", refuse)
+        response = small.post(GOOD)
+        problem(response, 503, "out_of_memory")
+        assert response.headers["retry-after"] == "5"
+        patch.setattr("dsg.service.decode.Image.open", refuse)
+        problem(small.post(GOOD), 503, "out_of_memory")
+    assert small.post(GOOD).status_code == 200
+
+
+def test_pillows_readers_are_there_before_the_first_picture() -> None:
+    code = (
+        "from dsg.service.decode import FORMATS, guard_decoding; from PIL import Image; guard_decoding(); "
+        "print(set(FORMATS) - Image.OPEN.keys())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"
 
 
 def test_413_too_many_pixels(small: Server) -> None:

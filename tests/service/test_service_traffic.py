@@ -11,6 +11,8 @@ import httpx
 import pytest
 from service_fakes import BLUE, CATEGORY_IDS, POISON, RELOAD_KEY, FakePredictor, Server, encoded, picture, serving
 
+from dsg.service.devices import OutOfMemory, WorkerDied
+
 GOOD = encoded(picture((20, 10, 60, 40)))
 PNG = {"Content-Type": "image/png"}
 
@@ -212,6 +214,27 @@ def test_reload_under_load_drops_nothing(tmp_path: Path) -> None:
             assert future.result().json()["info"]["hash"] == "version0"
         assert server.post(GOOD).json()["info"]["hash"] == "version1"
         assert [one["hash"] for one in server.client.get("/models").json()["models"]] == ["version1"]
+
+
+@pytest.mark.parametrize("error", [WorkerDied("killed"), OutOfMemory("2 GiB")])
+def test_a_reload_that_fails_for_another_reason_than_its_file_may_be_asked_for_again(
+    tmp_path: Path, error: Exception
+) -> None:
+    files_of(tmp_path, "fake")
+    failures: list[Exception] = []
+
+    def load(source: str, device: str | None) -> FakePredictor:
+        if failures:
+            raise failures.pop()
+        return FakePredictor("fake")
+
+    headers = {"Authorization": f"Bearer {RELOAD_KEY}"}
+    with serving(load, model_dir=tmp_path, reload_key=RELOAD_KEY) as server:
+        failures.append(error)
+        response = server.client.post("/models/reload", json={"model": "fake"}, headers=headers)
+        assert (response.status_code, response.json()["reason"]) == (503, "not_reloaded")
+        assert response.headers["retry-after"] and server.post(GOOD).status_code == 200
+        assert server.client.post("/models/reload", json={"model": "fake"}, headers=headers).status_code == 200
 
 
 def test_reload_takes_names_of_files_in_the_folder_alone(tmp_path: Path) -> None:
