@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dsg.service.devices import Device, LoadPredictor
 from dsg.service.local_device import are_processes
 from dsg.service.metrics import Metrics
+from dsg.service.model_copy import ModelCopy
 from dsg.service.problems import Problem
 from dsg.service.settings import Settings
 
@@ -82,6 +83,7 @@ class Models:
         self._metrics = metrics
         self._served: dict[str, ServedModel] = {}
         self._numbers = itertools.count()
+        self._copies: dict[int, ModelCopy] = {}
         self._loading = threading.Lock()
 
     def names(self) -> list[str]:
@@ -129,6 +131,8 @@ class Models:
         # One at a time: two models being read at once would need their memory at once.
         with self._loading:
             number = next(self._numbers)
+            if are_processes(self._devices):
+                self._copies[number] = ModelCopy(source)
             try:
                 predictor = self._load_everywhere(number, source)
             except BaseException:
@@ -141,12 +145,19 @@ class Models:
 
     def _load_everywhere(self, number: int, source: str) -> "Predictor":
         """On all devices side by side; the predictor of this process."""
+        copy = self._copies.get(number)
+        path = source if copy is None else copy.path
         with ThreadPoolExecutor(len(self._devices) + 1) as pool:
-            loads = [pool.submit(device.load, number, source) for device in self._devices]
+            loads = [pool.submit(device.load, number, path) for device in self._devices]
             # Workers' processes give none back; theirs may hold a GPU that this one must not.
-            here = pool.submit(self._load, source, "cpu") if are_processes(self._devices) else None
-            local = [predictor for load in loads if (predictor := load.result()) is not None]
-            return local[0] if here is None else here.result()
+            here = None if copy is None else pool.submit(self._load, path, "cpu")
+            try:
+                local = [predictor for load in loads if (predictor := load.result()) is not None]
+                return local[0] if here is None else here.result()
+            except Exception as error:
+                if copy is not None:
+                    copy.own_words(error)
+                raise
 
     def _preparer(self, predictor: "Predictor") -> "Callable[[Any], PreparedImage]":
         # All devices are of one kind, so that what one shares any of them can read.
@@ -156,6 +167,13 @@ class Models:
     def _forget(self, number: int) -> None:
         for device in self._devices:
             device.forget(number)
+        if number in self._copies:
+            self._copies.pop(number).close()
+
+    def close(self) -> None:
+        """Leave nothing on the disk; no worker is started after that."""
+        for copy in list(self._copies.values()):
+            copy.close()
 
     def reload_source(self, name: str) -> str:
         """Check a name that came over the network.

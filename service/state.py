@@ -192,6 +192,7 @@ class Service:
     async def _close_devices(self) -> None:
         await asyncio.to_thread(self.batcher.close, _CLOSE_S)
         await asyncio.gather(*(asyncio.to_thread(device.close) for device in self._started))
+        self.models.close()
 
     async def _watch_event_loop(self) -> None:
         """Measure how late the loop wakes: whatever blocks it shows here."""

@@ -239,6 +239,49 @@ def test_reload_under_load(tmp_path: Path) -> None:
         assert server.metrics()['dsg_model_reloads_total{result="swapped"}'] == 3
 
 
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+@pytest.mark.parametrize("left", ["version 2", "broken", None])
+def test_a_worker_that_dies_after_its_models_file_has_changed(tmp_path: Path, devices: str, left: str | None) -> None:
+    folder, temporary = tmp_path / "models", tmp_path / "temporary"
+    folder.mkdir()
+    temporary.mkdir()
+    file = folder / "fake.safetensors"
+    file.write_text("version 1")
+    settings = {"device": None, "devices": devices, "workers": "process", "model_dir": folder}
+    with server_process({"TMPDIR": str(temporary)}, **settings) as server:
+        if left is None:
+            file.unlink()
+        else:
+            file.write_text(left)
+        os.kill(server.workers()[0], signal.SIGKILL)
+        server.await_event("worker died")
+        while (answer := post(server, GOOD)).status_code == 503:
+            assert answer.json()["reason"] == "restarting"
+        for _ in range(8):
+            assert post(server, GOOD).json()["info"]["hash"] == "version 1"
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(120) == 0
+    assert not list(temporary.glob("dsg-*"))
+
+
+def test_copies_of_models_go_with_them(tmp_path: Path) -> None:
+    folder, temporary = tmp_path / "models", tmp_path / "temporary"
+    folder.mkdir()
+    temporary.mkdir()
+    (folder / "fake.safetensors").write_text("version 1")
+    headers = {"Authorization": f"Bearer {RELOAD_KEY}"}
+    with server_process(
+        {"TMPDIR": str(temporary)}, workers="process", model_dir=folder, reload_key=RELOAD_KEY
+    ) as server:
+        for text, status in (("version 2", 200), ("broken", 422), ("version 3", 200)):
+            (folder / "fake.safetensors").write_text(text)
+            answer = httpx.post(f"{server.url}/models/reload", json={"model": "fake"}, headers=headers, timeout=120)
+            assert answer.status_code == status
+        assert post(server, GOOD).json()["info"]["hash"] == "version 3"  # the request before it had the old one
+        assert [path.read_text() for path in temporary.glob("dsg-model-*/*")] == ["version 3"]
+
+
 def test_a_full_disk_for_the_log() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
