@@ -75,7 +75,7 @@ class Admission:
         pixels: most pixels of pictures, as their headers say.
         max_bytes: most bytes of bodies.
         seconds_until_free: what the devices take for so many pictures, as measured.
-        seconds_of_queue: what the devices take for all that waits, as measured.
+        seconds_of_queue: what the devices take for what goes before a picture that comes now, as measured.
         metrics: told of what is held and refused.
     """
 
@@ -111,7 +111,10 @@ class Admission:
         """
         with self._lock:
             self._check("pictures", 1)
-        takes_s = max(self._seconds_of_queue(), self.flow.seconds_for_one_more())
+        self.check_time(max(self._seconds_of_queue(), self.flow.seconds_for_one_more()), seconds_left)
+
+    def check_time(self, takes_s: float, seconds_left: float) -> None:
+        """Raise the 429 problem where something takes longer than there is time for it."""
         if takes_s > seconds_left:
             raise self._refuse("deadline", takes_s - seconds_left, "what waits already takes longer than allowed")
 

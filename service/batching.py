@@ -5,6 +5,7 @@ One queue for all devices (`dsg.service.waiting` says which pictures go next), o
 there, and while all are busy, what arrives meanwhile collects. There is no waiting time to tune.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -89,9 +90,13 @@ class Batcher:
             `WorkerDied` or what the network raised for this picture. Cancelling it takes the picture out of the
             queue.
         """
-        tickets = [Ticket(model, picture, deadline, score_threshold) for picture in pictures]
         queue = self._queue
         with queue.changed:
+            now, request = time.monotonic(), object()
+            tickets = [
+                Ticket(model, picture, deadline, score_threshold, turn=now + begins_s, request=request)
+                for picture, begins_s in zip(pictures, self._turns(pictures), strict=False)
+            ]
             if queue.closed:
                 raise DeviceStopped
             if self.fault is not None and not any(thread.up for thread in self._threads):
@@ -119,8 +124,25 @@ class Batcher:
         return self._queue.pace.seconds_for_pictures(pictures) / self._devices_up
 
     def seconds_of_queue(self) -> float:
-        """About how long the devices need for all that waits now; 0 before the first batch."""
-        return self._queue.pace.seconds_for_pixels(self._queue.waiting.pixels) / self._devices_up
+        """About how long the devices need for all whose turn is before that of one that comes now; 0 before the first
+        batch."""
+        queue = self._queue
+        with queue.changed:
+            pixels = queue.waiting.pixels_before(time.monotonic())
+        return queue.pace.seconds_for_pixels(pixels) / self._devices_up
+
+    def seconds_of_request(self, pictures: "Sequence[PreparedImage]") -> float:
+        """About how long it takes until the turns of all pictures of a request have passed; 0 for a picture that is
+        alone, where nothing waits, and before the first batch."""
+        with self._queue.changed:
+            return self._turns(pictures)[-1] if len(pictures) > 1 and self._queue.waiting else 0.0
+
+    def _turns(self, pictures: "Sequence[PreparedImage]") -> list[float]:
+        """Seconds from now until the turn of each picture of a request begins, and until the last one ends: those of a
+        request come one by one, and those of all requests in turn. Whoever asks holds `queue.changed`."""
+        share = (1 + self._queue.waiting.requests) / self._devices_up if len(pictures) > 1 else 0.0
+        seconds = (share * self._queue.pace.seconds_for_pixels(math.prod(one.padded_size)) for one in pictures)
+        return list(itertools.accumulate(seconds, initial=0.0))
 
     @property
     def is_up(self) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # The past counts for about so many requests, but not for longer than so many seconds in which something was in work:
@@ -25,8 +25,12 @@ class Flow:
         self._left = -math.inf  # when the last one did
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """A request, in work as long as the block runs; one that raises has not been done."""
+    def one(self, is_heavy: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """A request, in work as long as the block runs; one that raises has not been done.
+
+        Args:
+            is_heavy: asked at the end, whether it had several pictures: nothing is learned from how long those stay.
+        """
         came = time.monotonic()
         self._count += 1
         met, is_done = self._count, False
@@ -35,11 +39,18 @@ class Flow:
             is_done = True
         finally:
             self._count -= 1
-            self._has_left(met, came, time.monotonic(), is_done)
+            if not is_heavy():
+                self._has_left(met, came, time.monotonic(), is_done)
 
     def seconds_for_one_more(self) -> float:
-        """0 where nothing is in work: an idle service tries whatever it is asked."""
-        return _CAUTION * self._stays.at(self._count + 1) if self._count else 0.0
+        """0 where nothing is in work: an idle service tries whatever it is asked.
+
+        So does in time one that has refused everything of late: what it knows fades once nothing has been learned for
+        longer than it says that a request stays.
+        """
+        expected_s = self._stays.at(self._count + 1) if self._count else 0.0
+        silent_s = time.monotonic() - self._left
+        return _CAUTION * expected_s * (math.exp(1 - silent_s / expected_s) if silent_s > expected_s > 0 else 1.0)
 
     def _has_left(self, met: int, came: float, now: float, is_done: bool) -> None:
         stay_s = now - came

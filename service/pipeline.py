@@ -165,6 +165,7 @@ async def _decode(service: Service, job: Job, uploads: list[Upload]) -> "list[Pr
 
 
 def _submit(service: Service, job: Job, hold: Hold, pictures: "list[PreparedImage]") -> list[Future[Outcome]]:
+    service.admission.check_time(service.batcher.seconds_of_request(pictures), job.deadline - time.monotonic())
     waiting = service.batcher.submit(job.model, pictures, job.deadline, lowest_of(job.wanted.score_threshold))
     # Also where one picture has failed: its request has, and the others need not run.
     hold.cancel_at_end(waiting)

@@ -47,6 +47,7 @@ async def segment(request: Request, query: Annotated[SegmentQuery, Query()], ser
         taken = partial(hold.take, "bytes")
         reading = read_body(request, settings.max_bytes, settings.body_timeout_ms / 1000, deadline, taken)
         # The body has no name here, so that nothing holds it once it has been taken apart.
-        working = answer(service, job, [await reading], hold, request.state.log, request.state.stages)
-        with service.admission.flow.one():
+        log = request.state.log
+        working = answer(service, job, [await reading], hold, log, request.state.stages)
+        with service.admission.flow.one(lambda: log.get("pictures", 1) > 1):
             return await while_wanted(working, request.receive, deadline)

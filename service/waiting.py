@@ -41,6 +41,11 @@ class Ticket:
     score_threshold: float
     future: "Future[Outcome]" = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
+    turn: float = 0.0
+    """When it would have come, had the pictures of its request come one by one, as fast as they can be run beside what
+    waits: others wait for the one whose turn it is, and not for all of a request with many. Without it, `arrived`."""
+    request: object = field(default_factory=object)
+    """The same for all pictures of one."""
     warm_up: bool = False
     """No client waits for it; neither counted nor measured."""
     alone: bool = False
@@ -48,11 +53,13 @@ class Ticket:
     failures: int = 0
     """Times that it ran alone out of memory, or took a worker with it."""
 
+    def __post_init__(self) -> None:
+        self.turn = self.turn or self.arrived
+
     @property
     def pixels(self) -> int:
         """Padded pixels: what it costs."""
-        height, width = self.picture.padded_size
-        return height * width
+        return math.prod(self.picture.padded_size)
 
     @property
     def bucket(self) -> tuple[int, tuple[int, int], int]:
@@ -65,7 +72,7 @@ class WaitingPictures:
     """Buckets. Holds no lock: its owner does.
 
     The fullest bucket goes first, since full batches are what makes a device quick; but time waited counts as well, so
-    that a rare shape is never starved: a picture is never overtaken by one that came more than `ageing_s` later.
+    that a rare shape is never starved: a picture is never overtaken by one whose turn was more than `ageing_s` later.
 
     Args:
         ageing_s: seconds of waiting that count as much as a full batch.
@@ -73,10 +80,9 @@ class WaitingPictures:
 
     def __init__(self, ageing_s: float) -> None:
         self._ageing_s = ageing_s
-        # In each bucket the oldest is the first: dicts keep their order, and lose a ticket at once.
+        # In each bucket the one whose turn is next is the first: dicts keep their order, and lose a ticket at once.
         self._buckets: dict[tuple[int, tuple[int, int], int], dict[int, Ticket]] = {}
         self._count = 0
-        self._pixels = 0
 
     def __len__(self) -> int:
         return self._count
@@ -87,9 +93,14 @@ class WaitingPictures:
         return len(self._buckets_alone())
 
     @property
-    def pixels(self) -> int:
-        """Padded pixels of all that wait."""
-        return self._pixels
+    def requests(self) -> int:
+        """How many requests have pictures that wait."""
+        return len({id(ticket.request) for bucket in self._buckets.values() for ticket in bucket.values()})
+
+    def pixels_before(self, turn: float) -> int:
+        """Padded pixels of those whose turn is not after this one, on the clock of `time.monotonic`."""
+        buckets = self._buckets.values()
+        return sum(ticket.pixels for bucket in buckets for ticket in bucket.values() if ticket.turn <= turn)
 
     def has_full(self, limit: BatchLimit) -> bool:
         """Whether there is a batch that could not be larger."""
@@ -100,10 +111,13 @@ class WaitingPictures:
         return False
 
     def add(self, ticket: Ticket) -> None:
-        """Put a picture behind those of its bucket."""
-        self._buckets.setdefault(ticket.bucket, {})[id(ticket)] = ticket
+        """Put a picture behind those of its bucket whose turn is before its own."""
+        bucket = self._buckets.setdefault(ticket.bucket, {})
+        is_last = not bucket or next(reversed(bucket.values())).turn <= ticket.turn
+        bucket[id(ticket)] = ticket
+        if not is_last:
+            self._buckets[ticket.bucket] = dict(sorted(bucket.items(), key=lambda entry: entry[1].turn))
         self._count += 1
-        self._pixels += ticket.pixels
 
     def discard(self, ticket: Ticket) -> bool:
         """Take a picture out; whether it was there."""
@@ -113,7 +127,6 @@ class WaitingPictures:
         if not bucket:
             del self._buckets[ticket.bucket]
         self._count -= 1
-        self._pixels -= ticket.pixels
         return True
 
     def take(self, limit: BatchLimit, now: float, seconds: Callable[[int], float] = lambda pixels: 0.0) -> list[Ticket]:
@@ -152,7 +165,7 @@ class WaitingPictures:
         """Everything, in no order."""
         tickets = [ticket for bucket in self._buckets.values() for ticket in bucket.values()]
         self._buckets.clear()
-        self._count = self._pixels = 0
+        self._count = 0
         return tickets
 
     def _buckets_alone(self) -> list[dict[int, Ticket]]:
@@ -160,4 +173,4 @@ class WaitingPictures:
 
     def _urgency(self, bucket: dict[int, Ticket], limit: BatchLimit, now: float) -> float:
         oldest = next(iter(bucket.values()))
-        return min(1.0, len(bucket) / limit.most(oldest.pixels)) + (now - oldest.arrived) / self._ageing_s
+        return min(1.0, len(bucket) / limit.most(oldest.pixels)) + (now - oldest.turn) / self._ageing_s

@@ -1,6 +1,7 @@
 """The queue and its device thread, without HTTP."""
 
 import gc
+import math
 import threading
 import time
 import weakref
@@ -72,6 +73,26 @@ def occupy(batcher: Rig, predictor: FakePredictor) -> Future:
     (future,) = batcher.submit(predictor, [prepared(predictor)], FAR)
     predictor.wait_entered()
     return future
+
+
+def test_a_request_with_many_pictures_does_not_keep_others_waiting_for_all_of_them(
+    batcher: Rig, predictor: FakePredictor
+) -> None:
+    inner, many = batcher.batcher, [prepared(predictor) for _ in range(8)]
+    seconds = 10.0  # for each
+    inner._queue.pace.ran(1, math.prod(many[0].padded_size), seconds)
+    first = occupy(batcher, predictor)
+    assert inner.seconds_of_request(many) == 0.0  # nothing else waits
+    heavy = batcher.submit(predictor, many, FAR)
+    assert inner.seconds_of_queue() == pytest.approx(seconds)  # the turn of one has come
+    assert inner.seconds_of_request(many[:1]) == 0.0
+    assert inner.seconds_of_request(many) == pytest.approx(8 * 2 * seconds)  # two requests, in turn
+    light = [batcher.submit(predictor, [prepared(predictor, height=7)], FAR)[0] for _ in range(2)]
+    assert inner.seconds_of_queue() == pytest.approx(3 * seconds)
+    predictor.gate.set()
+    for future in (first, *heavy, *light):
+        future.result(WAIT)
+    assert predictor.batches[1:] == [[(8, 8), (7, 8), (7, 8), (8, 8)], [(8, 8)] * 4, [(8, 8)] * 2]
 
 
 def test_an_idle_device_starts_at_once_and_alone(batcher: Rig, predictor: FakePredictor) -> None:

@@ -221,6 +221,30 @@ def test_heavy_requests_are_forgotten_though_light_ones_come_alone(clock: Clock)
         assert flow.seconds_for_one_more() < 1.5
 
 
+def test_nothing_is_learned_from_requests_with_many_pictures(clock: Clock) -> None:
+    flow = Flow()
+    for _ in range(50):
+        with flow.one(lambda: True):
+            clock.now += 5.0
+            for _ in range(4):
+                stay(flow, clock, 0.1)
+    with flow.one():
+        assert flow.seconds_for_one_more() == pytest.approx(1.25 * 0.1, rel=0.01)
+
+
+def test_what_nobody_tries_any_more_is_tried_again(clock: Clock) -> None:
+    """A request with many pictures is always in work, and all others have been refused since one was late."""
+    flow = Flow()
+    with flow.one(lambda: True):
+        stay(flow, clock, 3.0, deadline_passed())
+        expected = flow.seconds_for_one_more()
+        assert expected > 3.0
+        clock.now += 1.0
+        assert flow.seconds_for_one_more() == expected
+        clock.now += 3.0
+        assert flow.seconds_for_one_more() < 3.0
+
+
 def test_an_idle_service_tries_whatever_it_is_asked(clock: Clock) -> None:
     flow = Flow()
     with flow.one():

@@ -37,6 +37,24 @@ def test_the_fullest_goes_first_and_the_oldest_within_it() -> None:
     assert waiting.take(limit, now=1.0) == []
 
 
+def test_turns_count_and_not_when_pictures_came() -> None:
+    waiting = WaitingPictures(ageing_s=1e-9)
+    request = object()
+    many = [ticket(32, 0.0) for _ in range(4)]
+    for number, one in enumerate(many):
+        one.turn, one.request = float(number), request
+        waiting.add(one)
+    late, other_shape = ticket(32, 1.5), ticket(64, 2.5)
+    waiting.add(late)
+    waiting.add(other_shape)
+    assert waiting.requests == 3
+    assert [waiting.pixels_before(turn) for turn in (-1.0, 0.0, 1.5)] == [0, 32 * 32, 3 * 32 * 32]
+    limit = BatchLimit(pictures=1, pixels=10**9)
+    taken = [waiting.take(limit, now=9.0)[0] for _ in range(6)]
+    assert taken == [many[0], many[1], late, many[2], other_shape, many[3]]
+    assert waiting.requests == 0
+
+
 def test_what_has_to_run_alone_goes_first_and_alone() -> None:
     waiting = WaitingPictures(ageing_s=1.0)
     many, suspects = [ticket(32, number / 10) for number in range(4)], [ticket(32, 5.0), ticket(32, 6.0)]
@@ -58,7 +76,7 @@ def test_pixels_bound_a_batch_and_a_single_one_always_goes() -> None:
     assert len(waiting.take(limit, now=9.0)) == 2
     limit = BatchLimit(pictures=4, pixels=1)
     assert len(waiting.take(limit, now=9.0)) == 1
-    assert (len(waiting), waiting.pixels) == (2, 2 * 64 * 32)
+    assert (len(waiting), waiting.pixels_before(9.0)) == (2, 2 * 64 * 32)
 
 
 def test_a_batch_is_full_when_no_picture_more_would_go_with_it() -> None:
@@ -145,12 +163,12 @@ def test_no_picture_is_overtaken_by_one_that_came_much_later(
     arrivals: list[tuple[int, float]], ageing_s: float, pictures: int
 ) -> None:
     waiting = WaitingPictures(ageing_s)
-    left = [ticket(32 * shape, at) for shape, at in sorted(arrivals, key=lambda one: one[1])]
+    left = [ticket(32 * shape, at) for shape, at in arrivals]  # the turns of a request are ahead of others'
     for one in left:
         waiting.add(one)
     limit = BatchLimit(pictures, 10**9)
     while left:
-        assert len(waiting) == len(left) and waiting.pixels == sum(one.pixels for one in left)
+        assert len(waiting) == len(left) and waiting.pixels_before(10.0) == sum(one.pixels for one in left)
         batch = waiting.take(limit, now=10.0)
         assert 1 <= len(batch) <= pictures and len({one.bucket for one in batch}) == 1
         left = [one for one in left if one not in batch]
@@ -172,7 +190,7 @@ def test_what_is_discarded_never_comes(kept: list[bool]) -> None:
     while batch := waiting.take(BatchLimit(3, 10**9), now=99.0):
         seen += batch
     assert set(map(id, seen)) == {id(one) for one, keep in zip(tickets, kept, strict=True) if keep}
-    assert waiting.pixels == 0
+    assert waiting.pixels_before(99.0) == 0
 
 
 def test_the_limit_halves_and_recovers_more_patiently_each_time() -> None:
