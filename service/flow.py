@@ -8,7 +8,9 @@ from contextlib import contextmanager
 # The past counts for about so many requests, but not for longer than so many seconds in which something was in work:
 # a slow service is to be known before many have left.
 _MEMORY, _MEMORY_S = 32, 4.0
-_CAUTION = 1.25  # about half of all stay longer than the mean
+# About half of all stay longer than the mean: to it is added a share of it, or so many standard deviations where they are
+# more, as they are where shapes or models are mixed.
+_CAUTION, _DEVIATIONS = 0.25, 2.0
 _PRIOR = 1.0  # how far numbers in work must vary, squared, before their stays say more than that stays grow with them
 
 
@@ -48,9 +50,12 @@ class Flow:
         So does in time one that has refused everything of late: what it knows fades once nothing has been learned for
         longer than it says that a request stays.
         """
-        expected_s = self._stays.at(self._count + 1) if self._count else 0.0
+        if not self._count:
+            return 0.0
+        mean_s = self._stays.at(self._count + 1)
+        expected_s = mean_s + max(_CAUTION * mean_s, _DEVIATIONS * self._stays.deviation)
         silent_s = time.monotonic() - self._left
-        return _CAUTION * expected_s * (math.exp(1 - silent_s / expected_s) if silent_s > expected_s > 0 else 1.0)
+        return expected_s * (math.exp(1 - silent_s / mean_s) if silent_s > mean_s > 0 else 1.0)
 
     def _has_left(self, met: int, came: float, now: float, is_done: bool) -> None:
         stay_s = now - came
@@ -68,18 +73,42 @@ class _Line:
     """
 
     def __init__(self) -> None:
-        self._weight, self._x, self._y, self._xx, self._xy = 1.0, 1.0, 0.0, 1.0, 0.0
+        self._weight, self._x, self._y = 1.0, 1.0, 0.0
+        self._xx, self._xy, self._yy = 1.0, 0.0, 0.0
 
     def add(self, x: float, y: float, past: float) -> None:
         """One more point; all before count `past` times what they did."""
         self._weight = past * self._weight + 1
         self._x, self._y = past * self._x + x, past * self._y + y
-        self._xx, self._xy = past * self._xx + x * x, past * self._xy + x * y
+        self._xx, self._xy, self._yy = past * self._xx + x * x, past * self._xy + x * y, past * self._yy + y * y
 
     def at(self, x: float) -> float:
         """Its y. Where the points have one x, the line goes through the origin."""
-        mean_x, mean_y = self._x / self._weight, self._y / self._weight
-        steepest = mean_y / mean_x
-        varies, goes_along = self._xx / self._weight - mean_x**2, self._xy / self._weight - mean_x * mean_y
-        slope = (goes_along + _PRIOR * steepest) / (varies + _PRIOR)
-        return mean_y + min(max(0.0, slope), steepest) * (x - mean_x)
+        return self._mean_y + self._slope * (x - self._mean_x)
+
+    @property
+    def deviation(self) -> float:
+        """Of the points from the line, along y: the root of the mean of the squares."""
+        slope, varies = self._slope, self._yy / self._weight - self._mean_y**2
+        return math.sqrt(max(0.0, varies - 2 * slope * self._xy_varies + slope**2 * self._x_varies))
+
+    @property
+    def _slope(self) -> float:
+        steepest = self._mean_y / self._mean_x
+        return min(max(0.0, (self._xy_varies + _PRIOR * steepest) / (self._x_varies + _PRIOR)), steepest)
+
+    @property
+    def _mean_x(self) -> float:
+        return self._x / self._weight
+
+    @property
+    def _mean_y(self) -> float:
+        return self._y / self._weight
+
+    @property
+    def _x_varies(self) -> float:
+        return self._xx / self._weight - self._mean_x**2
+
+    @property
+    def _xy_varies(self) -> float:
+        return self._xy / self._weight - self._mean_x * self._mean_y
