@@ -8,8 +8,8 @@ from contextlib import contextmanager
 # The past counts for about so many requests, but not for longer than so many seconds in which something was in work:
 # a slow service is to be known before many have left.
 _MEMORY, _MEMORY_S = 32, 4.0
-# About half of all stay longer than the mean. A share of it is added, or so many standard deviations where they are more,
-# as they are where shapes or models are mixed.
+# About half of all stay longer than the mean. A share of it is added, or so many standard deviations where they are
+# more, as they are where shapes or models are mixed.
 _CAUTION, _DEVIATIONS = 0.25, 2.0
 _PRIOR = 1.0  # how far numbers in work must vary, squared, before their stays say more than that stays grow with them
 
