@@ -134,8 +134,10 @@ class Batcher:
     def seconds_of_request(self, pictures: "Sequence[PreparedImage]") -> float:
         """About how long it takes until the turns of all pictures of a request have passed; 0 for a picture that is
         alone, where nothing waits, and before the first batch."""
+        if len(pictures) == 1:
+            return 0.0  # as nearly all are, which need no lock
         with self._queue.changed:
-            return self._turns(pictures)[-1] if len(pictures) > 1 and self._queue.waiting else 0.0
+            return self._turns(pictures)[-1] if self._queue.waiting else 0.0
 
     def _turns(self, pictures: "Sequence[PreparedImage]") -> list[float]:
         """Seconds from now until the turn of each picture of a request begins, and until the last one ends: those of a

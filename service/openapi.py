@@ -74,7 +74,7 @@ OF_PICTURES = tuple(
     reason
     for reasons in REASONS.values()
     for reason in reasons
-    if reason not in (*_OF_HTTP, *_OF_RELOAD, *_OF_NO_ENDPOINT)
+    if reason == "slow_sender" or reason not in (*_OF_HTTP, *_OF_RELOAD, *_OF_NO_ENDPOINT)  # of a body, as well
 )
 _PROBLEM = {
     "type": "object",
@@ -124,7 +124,7 @@ def problems(*reasons: str) -> dict[int | str, dict[str, Any]]:
         if shown:
             content = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": shown}
             # What HTTP itself is refused with is in no log.
-            headers = {**(_REQUEST_ID if not shown.keys() <= {*_OF_HTTP} else {}), **_HEADERS.get(status, {})}
+            headers = {**(_REQUEST_ID if shown.keys() & {*reasons} else {}), **_HEADERS.get(status, {})}
             entries[status] = {
                 "description": HTTPStatus(status).phrase,
                 "content": {"application/problem+json": content},

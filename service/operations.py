@@ -94,7 +94,7 @@ async def models(request: Request, service: CurrentService) -> ModelListing:
     responses=_example({"model": "best", "hash": "5e1c0b"})
     | problems(
         *("no_key", "wrong_key", "too_many_bytes", "wrong_parameter", "unknown_model", "no_model_dir", "broken_model"),
-        *("internal", *NOT_READY, "partly_reloaded", "not_reloaded", "out_of_memory"),
+        *("slow_sender", "internal", *NOT_READY, "partly_reloaded", "not_reloaded", "out_of_memory"),
     ),
     openapi_extra={
         "requestBody": {

@@ -69,13 +69,15 @@ def stopping() -> Problem:
 
 def out_of_memory() -> Problem:
     """What a request is told whose picture alone does not fit into the device's memory now."""
-    detail = "the device's memory is full, even for one picture; try again soon, or send a smaller one"
-    return Problem(503, "out_of_memory", detail, {"Retry-After": "5"})
+    return _full("the device's memory is full, even for one picture; try again soon, or send a smaller one")
 
 
 def server_is_full() -> Problem:
     """What a request is told for which this process gets no memory, threads or descriptors now."""
-    detail = "this server has no memory, threads or files left for another request; try again soon"
+    return _full("this server has no memory, threads or files left for another request; try again soon")
+
+
+def _full(detail: str) -> Problem:
     return Problem(503, "out_of_memory", detail, {"Retry-After": "5"})
 
 

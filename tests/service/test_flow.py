@@ -29,11 +29,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def leave(stays: ExitStack, is_late: bool, error: BaseException | None = None) -> None:
+def leave(stays: ExitStack, is_late: bool) -> None:
     if not is_late:
         stays.close()
         return
-    error = error or deadline_passed()
+    error = deadline_passed()
     assert not stays.__exit__(type(error), error, None)
 
 

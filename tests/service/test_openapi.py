@@ -58,6 +58,8 @@ def test_what_any_request_may_be_refused_with_is_at_every_endpoint(server: Serve
     for path, methods in document["paths"].items():
         for operation in methods.values():
             assert {"400", "408", "431"} <= operation["responses"].keys(), path
+            reads_a_body = path in ("/segment", "/models/reload")
+            assert ("X-Request-Id" in operation["responses"]["408"]["headers"]) == reads_a_body
     healthz = document["paths"]["/healthz"]["get"]["responses"]["503"]["content"]["application/problem+json"]
     assert healthz["examples"].keys() == {"unhealthy"}
 

@@ -239,12 +239,21 @@ def test_reload_under_load(tmp_path: Path) -> None:
         assert server.metrics()['dsg_model_reloads_total{result="swapped"}'] == 3
 
 
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """That of the models, and the one for temporary files."""
+    made = tmp_path / "models", tmp_path / "temporary"
+    for folder in made:
+        folder.mkdir()
+    return made
+
+
 @pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
 @pytest.mark.parametrize("left", ["version 2", "broken", None])
-def test_a_worker_that_dies_after_its_models_file_has_changed(tmp_path: Path, devices: str, left: str | None) -> None:
-    folder, temporary = tmp_path / "models", tmp_path / "temporary"
-    folder.mkdir()
-    temporary.mkdir()
+def test_a_worker_that_dies_after_its_models_file_has_changed(
+    folders: tuple[Path, Path], devices: str, left: str | None
+) -> None:
+    folder, temporary = folders
     file = folder / "fake.safetensors"
     file.write_text("version 1")
     settings = {"device": None, "devices": devices, "workers": "process", "model_dir": folder}
@@ -265,10 +274,8 @@ def test_a_worker_that_dies_after_its_models_file_has_changed(tmp_path: Path, de
     assert not list(temporary.glob("dsg-*"))
 
 
-def test_copies_of_models_go_with_them(tmp_path: Path) -> None:
-    folder, temporary = tmp_path / "models", tmp_path / "temporary"
-    folder.mkdir()
-    temporary.mkdir()
+def test_copies_of_models_go_with_them(folders: tuple[Path, Path]) -> None:
+    folder, temporary = folders
     (folder / "fake.safetensors").write_text("version 1")
     headers = {"Authorization": f"Bearer {RELOAD_KEY}"}
     with server_process(
